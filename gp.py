@@ -1,0 +1,254 @@
+"""
+Exact Gaussian-process regression: a differentiable stand-in for "prune the model, then measure the damage".
+
+Source    UniCuCo (arXiv 2505.12216) learns the divergence f2 this way; algebra as in Rasmussen & Williams 2006, Algorithm 2.1
+          and eq. 5.9. The prior mean `blocks` is this project's own.
+Reading   3 of 6. Before: eval.py. Next: unicuco.py. Imports nothing from this folder.
+Shapes    n strategies already measured, m strategies asked about, d blocks. All tensors float64, on the CPU.
+Not here  sparse or multi-output GPs: n stays in the hundreds, so one Cholesky factor is enough.
+
+The model  y = log f2 (nats);  y(x) = mean(x) + g(x) + noise,  g ~ GP(0, s^2 phi(r)),  r^2 = sum_i (x_i - x'_i)^2 / l_i^2
+           theta = (log l_1, ..., log l_d, log s^2, log noise variance)
+
+Every gradient is written out. Both kernels satisfy  d phi / d r = -r psi(r)  with
+           RBF         phi = exp(-r^2 / 2)                            psi = exp(-r^2 / 2)
+           Matern-5/2  phi = (1 + sqrt5 r + 5 r^2 / 3) exp(-sqrt5 r)  psi = 5/3 (1 + sqrt5 r) exp(-sqrt5 r)
+so that nothing below divides by r:
+           d k / d log l_i = s^2 psi (x_i - x'_i)^2 / l_i^2           d k / d x_i = -s^2 psi (x_i - x'_i) / l_i^2
+"""
+import math
+
+import torch
+
+JITTER = 1e-10                     # times the signal variance; first rung of the ladder when a Cholesky factorisation fails
+SHIFT = 1e-3                       # x_i + SHIFT under the logarithm of the mean: smooth down to x_i = 0
+VARIANCE_FLOOR = 1e-12             # of the posterior variance, times the signal variance; there the gradient of std is 0
+
+
+def minimise(f, start, steps=200):
+    """L-BFGS with a strong Wolfe line search from `start` (p,); f(parameters) -> value, gradient. Returns the best parameters."""
+    x = start.clone().requires_grad_()
+    best = [math.inf, start.clone()]
+    optimizer = torch.optim.LBFGS([x], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-10, history_size=20,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        value, gradient = f(x.detach())
+        if not math.isfinite(value):                       # outside what float64 can factor: turn the line search back
+            value, gradient = 1e10, torch.zeros_like(gradient)
+        elif value < best[0]:
+            best[:] = value, x.detach().clone()
+        x.grad = gradient
+        return torch.tensor(value, dtype=torch.float64)
+
+    optimizer.step(closure)
+    return best[1]
+
+
+class ConstantMean:
+    """mean(x) = average of y; y is standardised for the kernel. The plain form of the method."""
+    log_signal, log_noise = 0.0, math.log(1e-2)            # where their priors stand, in units of the standardised y
+
+    def fit(self, X, y):
+        self.value = y.mean()
+        spread = y.std() if len(y) > 1 else torch.zeros(())
+        self.scale = float(spread) if spread > 1e-8 else 1.0
+        return self
+
+    def __call__(self, x):
+        return self.value.expand(len(x))
+
+    def gradient(self, x):
+        return torch.zeros_like(x)
+
+
+class BlocksMean:
+    """The KL of a pruned model is nearly the sum of its blocks' KLs, and each grows like x^a exp(b x):
+
+        mean(x) = log sum_i exp(c_i + a log(x_i + SHIFT) + b x_i) + c_0
+        d mean / d c_i = w_i,  w = softmax_i(...)           d mean / d a = sum_i w_i log(x_i + SHIFT)
+        d mean / d x_i = w_i (a / (x_i + SHIFT) + b)        d mean / d b = sum_i w_i x_i
+
+    Fitted to the raw y by maximum a posteriori: c_i ~ N(0, 0.5^2), a ~ N(1, 0.5^2) with a = 0.3 + softplus(.) > 0.3,
+    b ~ N(5, 2^2), c_0 flat, residual variance 0.02. Unlike a constant, it knows that nothing is cheap near x_i = 0.9.
+    """
+    log_signal, log_noise = math.log(0.02), math.log(1e-3)  # where their priors stand, in nats^2
+    scale = 1.0
+
+    def fit(self, X, y):
+        d = X.shape[1]
+        log_x = (X + SHIFT).log()
+
+        def loss(p):
+            c, alpha, b = p[:d], p[d], p[d + 1]
+            a = 0.3 + torch.nn.functional.softplus(alpha)
+            terms = c + a * log_x + b * X
+            w, error = terms.softmax(1), terms.logsumexp(1) + p[d + 2] - y
+            value = (error ** 2).sum() / 0.04 + (c ** 2).sum() / 0.5 + (a - 1) ** 2 / 0.5 + (b - 5) ** 2 / 8
+            e = error / 0.02
+            grad_a = (e * (w * log_x).sum(1)).sum() + (a - 1) / 0.25
+            grad_b = (e * (w * X).sum(1)).sum() + (b - 5) / 4
+            return float(value), torch.cat([w.T @ e + c / 0.25, torch.stack([grad_a * alpha.sigmoid(), grad_b, e.sum()])])
+
+        start = torch.zeros(d + 3, dtype=torch.float64)
+        start[d], start[d + 1] = math.log(math.expm1(0.7)), 5.0
+        start[d + 2] = (y - (log_x + 5 * X).logsumexp(1)).mean()
+        p = minimise(loss, start, 500)
+        self.c, self.a, self.b, self.c0 = p[:d], 0.3 + torch.nn.functional.softplus(p[d]), p[d + 1], p[d + 2]
+        return self
+
+    def terms(self, x):
+        return self.c + self.a * (x + SHIFT).log() + self.b * x
+
+    def __call__(self, x):
+        return self.terms(x).logsumexp(1) + self.c0
+
+    def gradient(self, x):
+        return self.terms(x).softmax(1) * (self.a / (x + SHIFT) + self.b)
+
+
+class GaussianProcess:
+    """Exact GP over strategies x in [0, 1]^d for y = log f2 in nats.
+
+    mean      "blocks" or "constant";  kernel: "matern52" or "rbf", one length scale per block
+    Priors    log l_i ~ N(log sqrt d, 1), log s^2 ~ N(log 0.02, 1), log noise ~ N(log 0.001, 1.5^2) (1 and 0.01 for the
+              standardised y of the constant mean); hyperparameters are their maximum a posteriori by L-BFGS
+    """
+
+    def __init__(self, mean="blocks", kernel="matern52"):
+        if mean not in ("blocks", "constant") or kernel not in ("matern52", "rbf"):
+            raise ValueError(f"no GP with mean {mean!r} and kernel {kernel!r}")
+        self.mean, self.kernel = BlocksMean() if mean == "blocks" else ConstantMean(), kernel
+
+    def fit(self, X, y, use_priors=True):
+        """X (n, d) strategies, y (n,) nats. ValueError unless all are finite and n >= 1. Returns self."""
+        X, y = torch.as_tensor(X, dtype=torch.float64), torch.as_tensor(y, dtype=torch.float64)
+        if X.ndim != 2 or y.shape != X.shape[:1] or len(y) == 0 or not (X.isfinite().all() and y.isfinite().all()):
+            raise ValueError(f"a GP needs finite strategies (n, d) and values (n,), not {tuple(X.shape)} and {tuple(y.shape)}")
+        self.X, self.y = X, y
+        self.mean.fit(X, y)
+        self.residual = (y - self.mean(X)) / self.mean.scale
+        self.squares = X ** 2
+        d = X.shape[1]
+        centre = torch.tensor([0.5 * math.log(d)] * d + [self.mean.log_signal, self.mean.log_noise], dtype=torch.float64)
+        width = torch.tensor([1.0] * d + [1.0, 1.5], dtype=torch.float64)
+
+        def loss(theta):
+            value, gradient = self.log_marginal_likelihood(theta)
+            if use_priors:
+                deviation = (theta - centre) / width
+                value, gradient = value - float(deviation @ deviation) / 2, gradient - deviation / width
+            return -value, -gradient
+
+        self.theta = minimise(loss, centre)
+        K, _ = self.covariance(self.theta)
+        self.chol = self.factor(K)
+        self.alpha = torch.cholesky_solve(self.residual[:, None], self.chol)[:, 0]
+        return self
+
+    def correlation(self, a, b, lengths):
+        """phi and psi, (n, m) each, between the rows of a (n, d) and b (m, d)."""
+        a, b = a / lengths, b / lengths
+        r2 = ((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T).clamp_(min=0)
+        if self.kernel == "rbf":
+            phi = (-r2 / 2).exp()
+            return phi, phi
+        root = (5 * r2).sqrt()
+        decay = (-root).exp()
+        return (1 + root + r2 * (5 / 3)) * decay, (1 + root) * decay * (5 / 3)
+
+    def covariance(self, theta):
+        """K = s^2 phi + noise I, and s^2 psi, (n, n) each."""
+        signal, noise = theta[-2].exp(), theta[-1].exp()
+        phi, psi = self.correlation(self.X, self.X, theta[:-2].exp())
+        phi.fill_diagonal_(1.0)                             # exactly, whatever the rounding of r^2
+        K = signal * phi
+        K.diagonal().add_(noise)
+        return K, signal * psi
+
+    def factor(self, K):
+        """Lower Cholesky factor of K; when K is not positive definite in float64, with the least jitter 10^k JITTER that helps."""
+        chol, failed = torch.linalg.cholesky_ex(K)
+        jitter = JITTER * float(K.diagonal().mean())
+        while failed and jitter < 1e-2 * float(K.diagonal().mean()):
+            chol, failed = torch.linalg.cholesky_ex(K + jitter * torch.eye(len(K), dtype=K.dtype))
+            jitter *= 10
+        if failed:
+            raise ValueError("the covariance of the measured strategies is not positive definite, even with jitter")
+        return chol
+
+    def log_marginal_likelihood(self, theta):
+        """Value in nats and gradient (d + 2,) of log p(residual | theta), residual = (y - mean) / scale:
+
+            L = -1/2 residual^T alpha - sum_a log chol_aa - n/2 log 2 pi,      alpha = K^-1 residual
+            d L / d theta_j = 1/2 tr((alpha alpha^T - K^-1) d K / d theta_j)                            (R & W eq. 5.9)
+
+        With M = (alpha alpha^T - K^-1) * s^2 psi, elementwise, the trace for log l_i is a sum over pairs of strategies,
+            1/2 sum_ab M_ab (X_ai - X_bi)^2 / l_i^2 = (sum_a (M 1)_a X_ai^2 - (X^T M X)_ii) / l_i^2.
+        """
+        theta = torch.as_tensor(theta, dtype=torch.float64)
+        K, slope = self.covariance(theta)
+        if not K.isfinite().all():
+            return -math.inf, torch.zeros_like(theta)
+        chol = self.factor(K)
+        alpha = torch.cholesky_solve(self.residual[:, None], chol)
+        value = -0.5 * (self.residual @ alpha[:, 0]) - chol.diagonal().log().sum() - len(self.y) / 2 * math.log(2 * math.pi)
+        G = alpha @ alpha.T - torch.cholesky_inverse(chol)  # the trace needs every entry of K^-1
+        M = G * slope
+        lengths = (M.sum(1) @ self.squares - ((M @ self.X) * self.X).sum(0)) * (-2 * theta[:-2]).exp()
+        noise = theta[-1].exp()
+        trace = G.diagonal().sum()
+        signal = 0.5 * ((G * K).sum() - noise * trace)
+        return float(value), torch.cat([lengths, torch.stack([signal, 0.5 * noise * trace])])
+
+    def posterior_gradient(self, x):
+        """d mean / d x and d std / d x, (m, d) each, of strategies x (m, d); see `solve`."""
+        return self.solve(x)[2:]
+
+    def posterior(self, x):
+        """Mean and std, (m,) each, in nats of log f2, of the latent function (no noise) at strategies x (m, d).
+
+        Differentiable in x: autograd is handed the closed form.
+        """
+        return Posterior.apply(x, self)
+
+    def solve(self, x):
+        """Mean, std (m,) and their gradients (m, d). With k = s^2 phi(x, X) and u = K^-1 k:
+
+            mean = mean(x) + k^T alpha        d mean / d x_i = d mean(x) / d x_i + sum_a alpha_a d k_a / d x_i
+            var  = s^2 - k^T u                d std / d x_i  = -1 / std sum_a u_a d k_a / d x_i
+            sum_a v_a d k_a / d x_i = (sum_a q_a X_ai - x_i sum_a q_a) / l_i^2,     q_a = v_a s^2 psi_a
+        """
+        x = x.detach().to(torch.float64)
+        lengths, signal, scale = self.theta[:-2].exp(), float(self.theta[-2].exp()), self.mean.scale
+        phi, psi = self.correlation(x, self.X, lengths)
+        k = signal * phi
+        half = torch.linalg.solve_triangular(self.chol, k.T, upper=False)
+        u = torch.linalg.solve_triangular(self.chol.T, half, upper=True).T
+        variance = signal - (half * half).sum(0)
+        floor = VARIANCE_FLOOR * signal
+        std = variance.clamp(min=floor).sqrt()
+
+        def slope(v):
+            q = v * psi * signal
+            return (q @ self.X - x * q.sum(1, keepdim=True)) / lengths ** 2
+
+        free = (variance > floor).double()
+        return (self.mean(x) + scale * (k @ self.alpha), scale * std, self.mean.gradient(x) + scale * slope(self.alpha),
+                slope(u) * (-scale * free / std)[:, None])
+
+
+class Posterior(torch.autograd.Function):
+    """x (m, d) -> mean, std (m,); the backward pass multiplies by the closed-form gradients, saved in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x, gp):
+        mean, std, dmean, dstd = gp.solve(x)
+        ctx.save_for_backward(dmean, dstd)
+        ctx.dtype = x.dtype
+        return mean, std
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_std):
+        dmean, dstd = ctx.saved_tensors
+        return (grad_mean[:, None] * dmean + grad_std[:, None] * dstd).to(ctx.dtype), None

@@ -1,0 +1,552 @@
+"""
+A Llama in plain PyTorch: read a Hugging Face folder, run it, write it back bit for bit.
+
+Source    Llama 2 and 3 (arXiv 2307.09288, 2407.21783); weight names and the half-split rotary layout are Hugging Face's,
+          so that loading is one checked copy and nothing is permuted.
+Reading   1 of 6. Next: eval.py. Imports nothing from this folder.
+Shapes    B sequences, T tokens, D model width, H query heads, G key-value heads, d head width, V vocabulary.
+Not here  training code (tiny/make.py has it), quantised weights, sliding-window attention, any rotary scaling but linear and llama3.
+
+Laptop    python llama.py --prompt "import os" --tokens 64              (2 s; the text streams)
+Full      python llama.py --model ~/Llama-2-7b-hf --prompt "..." --temperature 0.8
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+TINY = Path(__file__).resolve().parent / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+@dataclass
+class Config:
+    """The fields of config.json that change the mathematics, under Hugging Face's names."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    @classmethod
+    def read(cls, path):
+        """Config of the file `path`; ValueError for an architecture or a setting that this file does not compute."""
+        raw = read_json(path)
+        family = raw.get("model_type")
+        if family not in ("llama", "mistral", "qwen2"):
+            raise ValueError(f"{path}: model_type {family!r} is not supported (llama, mistral and qwen2 are)")
+        known = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
+        for key, value in known.items():
+            if raw.get(key, value) != value:
+                raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported (only {value!r})")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "linear", "llama3"):
+            raise ValueError(f"{path}: rotary scaling {kind!r} is not supported (linear and llama3 are)")
+
+        def integer(key, default=None, at_most=2**24):
+            value = raw.get(key) if raw.get(key) is not None else default
+            if type(value) is not int or not 1 <= value <= at_most:
+                raise ValueError(f"{path}: {key} = {value!r} is not a whole number from 1 to {at_most}")
+            return value
+
+        def number(where, key, default):
+            value = where.get(key) if where.get(key) is not None else default
+            if type(value) not in (int, float) or not 0 < value < 1e12:
+                raise ValueError(f"{path}: {key} = {value!r} is not a positive number")
+            return float(value)
+
+        hidden, heads = integer("hidden_size"), integer("num_attention_heads", at_most=1024)
+        kv_heads = integer("num_key_value_heads", heads, at_most=1024)
+        head_dim = integer("head_dim", max(hidden // heads, 1), at_most=4096)
+        if heads % kv_heads or head_dim % 2:
+            raise ValueError(f"{path}: {heads} heads, {kv_heads} key-value heads and head_dim {head_dim} do not fit together")
+        positions = integer("max_position_embeddings", 2048)
+        if raw.get("sliding_window") and raw.get("use_sliding_window", family == "mistral"):
+            positions = min(positions, integer("sliding_window"))     # up to there, a sliding window changes nothing
+        bias = bool(raw.get("attention_bias"))
+        scaling = {} if kind == "default" else {"factor": number(rope, "factor", 1.0)}
+        if kind == "llama3":
+            scaling.update(low=number(rope, "low_freq_factor", 1.0), high=number(rope, "high_freq_factor", 4.0),
+                           original=number(rope, "original_max_position_embeddings", positions))
+        return cls(integer("vocab_size"), hidden, integer("intermediate_size"), integer("num_hidden_layers", at_most=1024),
+                   heads, kv_heads, head_dim, positions, number(raw, "rms_norm_eps", 1e-6),
+                   number(rope, "rope_theta", raw.get("rope_theta", 10000.0)), scaling or None,
+                   bool(raw.get("tie_word_embeddings")), bias or family == "qwen2", bias, bool(raw.get("mlp_bias")))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def rotate(x, rotary):
+    """Rotary embedding of x (B, heads, T, d): the pair (j, j + d/2) turns by the angle of its position and frequency."""
+    cos, sin = rotary                                                  # (T, d) each
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+
+    def mix(self, x, rotary, cache=None):
+        """Attention of x (B, T, D) up to the input of o_proj, (B, T, H d). `cache` = (keys, values, start) holds earlier tokens."""
+        B, T, _ = x.shape
+        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            keys, values, start = cache                                # (B, G, room, d) each, filled up to start
+            assert start == 0 or T == 1, "a prompt fills an empty cache, then tokens come one by one"
+            keys[:, :, start:start + T], values[:, :, start:start + T] = k, v
+            k, v = keys[:, :, :start + T], values[:, :, :start + T]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=q.shape[1] != k.shape[1])
+        return mixed.transpose(1, 2).reshape(B, T, -1)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def gate(self, x):
+        """SwiGLU up to the input of down_proj, (B, T, intermediate)."""
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm, self.self_attn = RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
+        self.post_attention_layernorm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
+
+    def forward(self, h, rotary, cache=None):
+        h = h + self.self_attn.o_proj(self.self_attn.mix(self.input_layernorm(h), rotary, cache))
+        return h + self.mlp.down_proj(self.mlp.gate(self.post_attention_layernorm(h)))
+
+
+class Llama(nn.Module):
+    """Decoder-only transformer: tokens (B, T) long -> logits (B, T, V). Its parameters have Hugging Face's names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    embed = property(lambda self: self.model.embed_tokens)
+    blocks = property(lambda self: self.model.layers)
+    norm = property(lambda self: self.model.norm)
+    head = property(lambda self: self.lm_head)
+
+    def rotary(self, T, start=0):
+        """cos and sin, (T, d) each, of positions start to start + T - 1, in the model's dtype."""
+        c, like = self.config, self.embed.weight
+        frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim)
+        if c.rope_scaling and "low" in c.rope_scaling:                 # llama3: stretch long waves, keep short ones, blend between
+            s = c.rope_scaling
+            waves = s["original"] * frequency / (2 * math.pi)          # turns within the original context
+            blend = ((waves - s["low"]) / (s["high"] - s["low"])).clamp(0, 1)
+            frequency = (1 - blend) * frequency / s["factor"] + blend * frequency
+        elif c.rope_scaling:
+            frequency = frequency / c.rope_scaling["factor"]
+        angle = torch.outer(torch.arange(start, start + T, device=like.device).float(), frequency)
+        angle = torch.cat((angle, angle), -1)
+        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+    def hidden(self, tokens, cache=None):
+        """Final hidden states (B, T, D) of tokens (B, T): what the head reads. `cache` as made by `generate`."""
+        start = cache[0][2] if cache else 0
+        rotary = self.rotary(tokens.shape[1], start)
+        h = self.embed(tokens)
+        for i, block in enumerate(self.blocks):
+            h = block(h, rotary, cache[i] if cache else None)
+        return self.norm(h)
+
+    def forward(self, tokens):
+        return self.head(self.hidden(tokens))
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+class Tokenizer:
+    """Text to token ids and back: `tokenizer.model` by sentencepiece, else `tokenizer.json` by the optional package tokenizers."""
+
+    def __init__(self, folder, vocab_size):
+        folder = Path(folder)
+        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        ids = read_json(folder / "config.json")
+        model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+        try:
+            if model.exists():
+                import sentencepiece
+                self.sp = sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+                self.encode, self.decode, size = sp.encode, sp.decode, sp.get_piece_size()
+                self.bos_id, self.eos_id, adds_bos = sp.bos_id(), sp.eos_id(), True
+            elif fast.exists():
+                import tokenizers
+                self.fast = fast = tokenizers.Tokenizer.from_file(str(fast))
+                self.encode = lambda text: fast.encode(text, add_special_tokens=False).ids
+                self.decode = lambda ids: fast.decode(ids, skip_special_tokens=False)
+                size = fast.get_vocab_size(with_added_tokens=True)
+                self.bos_id, self.eos_id = ids.get("bos_token_id"), ids.get("eos_token_id")
+                adds_bos = fast.encode("a").ids[:1] == [self.bos_id]
+            else:
+                raise ValueError(f"{folder} holds neither tokenizer.model nor tokenizer.json")
+        except ImportError as error:
+            raise ValueError(f"the tokenizer of {folder} needs one more package: pip install {error.name}") from None
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from None
+        except Exception as error:                                     # tokenizers raises bare Exception on a broken file
+            if type(error) is not Exception:
+                raise
+            raise ValueError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from None
+        if size > vocab_size:
+            raise ValueError(f"the tokenizer of {folder} has {size} tokens, its model only {vocab_size}: they do not belong together")
+        if isinstance(self.eos_id, list):
+            self.eos_id = self.eos_id[0]
+        self.adds_bos = bool(settings.get("add_bos_token", adds_bos)) and self.bos_id is not None and self.bos_id >= 0
+
+
+# -------------------------------------------------------------------------------------------------------- reading, writing
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_json(path):
+    """The JSON object in the file `path`; ValueError, naming the file, when there is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON: {first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def write_text(path, text):
+    """Write the file `path` beside its place, then rename: a reader sees the old text or the new one, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path, force=False):
+    """A folder that appears under its name only when it is complete: yields a hidden neighbour, renamed at the end."""
+    path = Path(path)
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists already; --force replaces it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if path.exists():
+            os.replace(path, partial.with_name(partial.name + ".old"))
+        os.replace(partial, path)
+    finally:
+        for leftover in (partial, partial.with_name(partial.name + ".old")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def open_weights(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {first_line(error)}") from None
+
+
+def weight_files(folder):
+    """{file: names of its tensors} of a checkpoint folder; ValueError where index and shards disagree."""
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.exists():
+        if not single.exists():
+            raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+        with open_weights(single) as f:
+            return {single: list(f.keys())}
+    promised = read_json(index).get("weight_map")
+    if not isinstance(promised, dict) or not all(isinstance(v, str) and Path(v).name == v for v in promised.values()):
+        raise ValueError(f"{index}: weight_map does not map tensor names to files of this folder")
+    files = {}
+    for name in sorted(set(promised.values())):
+        with open_weights(folder / name) as f:
+            files[folder / name] = list(f.keys())
+        wrong = set(files[folder / name]) ^ {tensor for tensor, file in promised.items() if file == name}
+        if wrong:
+            raise ValueError(f"{folder / name} and the index disagree about the tensor {min(wrong)}")
+    return files
+
+
+def read_tensors(folder):
+    """Yield (name, tensor) of every weight of a checkpoint folder, file by file, memory-mapped."""
+    for path, names in weight_files(folder).items():
+        with open_weights(path) as f:
+            for name in names:
+                yield name, f.get_tensor(name)
+
+
+def check_tensors(folder, expected):
+    """Compare the headers of a checkpoint with expected {name: shape}, before anything is allocated; ValueError by name."""
+    found = set()
+    for path, names in weight_files(folder).items():
+        with open_weights(path) as f:
+            for name in names:
+                piece = f.get_slice(name)
+                shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+                if name.endswith("rotary_emb.inv_freq"):               # old Llama 2 files carry it; it is computed here
+                    continue
+                if name not in expected:
+                    raise ValueError(f"{path}: tensor {name} does not belong to this model")
+                if shape != expected[name]:
+                    raise ValueError(f"{path}: tensor {name} has shape {shape}, the config says {expected[name]}")
+                if dtype not in ("F16", "BF16", "F32"):
+                    raise ValueError(f"{path}: tensor {name} has dtype {dtype}; float16, bfloat16 and float32 can be read")
+                found.add(name)
+    missing = set(expected) - found
+    if missing:
+        raise ValueError(f"{folder}: tensor {min(missing)} is missing")
+
+
+def load_llama(path, device="cpu", dtype=torch.float32):
+    """Read a Hugging Face folder -> (Llama, Tokenizer), weights cast to `dtype` on `device`, one tensor at a time.
+
+    The folder holds config.json; model.safetensors, or shards with an index; tokenizer.model or tokenizer.json.
+    raises ValueError, in one line, for whatever does not fit: a missing, extra or misshapen tensor is named.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder (a model is a folder with config.json, model.safetensors and a tokenizer)")
+    config = Config.read(folder / "config.json")
+    tensors = sum(len(names) for names in weight_files(folder).values())
+    if config.num_hidden_layers * 9 > tensors:
+        raise ValueError(f"{folder} has {tensors} tensors, too few for {config.num_hidden_layers} blocks")
+    with torch.device("meta"):
+        model = Llama(config)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and not any(head in names for names in weight_files(folder).values()):
+        del expected[head]                                             # some tied checkpoints carry the copy, most do not
+    check_tensors(folder, expected)
+    tokenizer = Tokenizer(folder, config.vocab_size)
+    for name, tensor in read_tensors(folder):
+        if name not in expected or name == head and config.tie_word_embeddings:
+            continue
+        if not math.isfinite(tensor.sum(dtype=torch.float32)):
+            raise ValueError(f"{folder}: tensor {name} holds NaN or infinite weights")
+        owner, _, leaf = name.rpartition(".")
+        weight = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, weight)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval(), tokenizer
+
+
+def save_llama(model, folder, source, masks=None):
+    """Write `model` in the layout of the folder `source`, tokenizer files included, loadable by transformers unchanged.
+
+    Values come from the source's files in the source's dtype, tensor by tensor: a surviving weight is bit-identical to the
+    source's, a pruned one is +0.0, whatever dtype was computed in.
+    masks     {parameter name: bool (d_out, d_in), True = kept}; None: what is +0.0 in the model and not in the source is pruned
+    """
+    folder, source = Path(folder), Path(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    live = dict(model.named_parameters())
+    for path, names in weight_files(source).items():
+        with open_weights(path) as f:
+            tensors, metadata = {name: f.get_tensor(name) for name in names}, f.metadata()
+        for name, value in tensors.items():
+            if masks is not None and name in masks:
+                kept = masks[name].to(value.device)
+            elif masks is None and name.endswith("_proj.weight"):
+                weight = live[name].detach().cpu()
+                kept = (weight != 0) | weight.signbit() | (value.to(weight.dtype) == 0)
+            else:
+                continue
+            tensors[name] = torch.where(kept, value, torch.zeros((), dtype=value.dtype))
+        save_file(tensors, folder / path.name, metadata=metadata or {"format": "pt"})
+    for path in source.iterdir():
+        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.name not in ("strategy.json", "results.json"):
+            shutil.copyfile(path, folder / path.name)
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+@torch.inference_mode()
+def generate(model, tokens, count, temperature=0.0, seed=0):
+    """Yield up to `count` token ids that follow `tokens` (list of int): the likeliest each time, or drawn at `temperature`.
+
+    raises ValueError when prompt and answer do not fit into max_position_embeddings.
+    """
+    c, like = model.config, model.embed.weight
+    room = len(tokens) + count
+    if not tokens or room > c.max_position_embeddings:
+        raise ValueError(f"a prompt of {len(tokens)} and {count} new tokens: this model has 1 to {c.max_position_embeddings} positions")
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.empty(2, c.num_hidden_layers, 1, c.num_key_value_heads, room, c.head_dim, dtype=like.dtype, device=like.device)
+    start, step = 0, torch.tensor([tokens], device=like.device)
+    for _ in range(count):
+        h = model.hidden(step, [(k, v, start) for k, v in zip(keys, values)])
+        logits = model.head(h[:, -1]).float()[0].cpu()
+        if temperature > 0:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
+        else:
+            token = logits.argmax().item()
+        yield token
+        start, step = start + step.shape[1], torch.tensor([[token]], device=like.device)
+
+
+def stream(model, tokenizer, prompt, count, temperature=0.0, seed=0):
+    """Yield the text that follows `prompt`, piece by piece, whole characters only; ends at the end-of-text token."""
+    start = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    ids = start + tokenizer.encode(prompt)
+    shown = len(tokenizer.decode(ids))
+    for token in generate(model, ids or [tokenizer.bos_id or 0], count, temperature, seed):
+        if token == tokenizer.eos_id:
+            return
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):             # half of a multi-byte character waits for the rest
+            yield text[shown:]
+            shown = len(text)
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+class Parser(argparse.ArgumentParser):
+    """argparse with examples first, defaults shown, and one line on stderr for a bad argument."""
+
+    def __init__(self, doc, examples):
+        super().__init__(description="examples:\n" + "\n".join(f"  {e}" for e in examples) + "\n\n" + doc.strip().splitlines()[0],
+                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118),
+                         usage="%(prog)s [options]", allow_abbrev=False)
+
+    def error(self, message):
+        sys.exit(fail(message))
+
+
+def add_model(parser, text=True):
+    """The options that every script shares."""
+    parser.add_argument("--model", type=Path, default=TINY, metavar="DIR", help="Hugging Face folder (default: the embedded tiny model)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="compute dtype (default: by device, printed)")
+
+
+def choose_device(device="auto", dtype="auto"):
+    """(device, dtype, reason): CUDA in bfloat16 if there is one, else the CPU in bfloat16 where it multiplies bfloat16 fast."""
+    reason = "as asked"
+    if device == "auto":
+        device, reason = ("cuda", "a GPU is there") if torch.cuda.is_available() else ("cpu", "no GPU")
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {first_line(error)}") from None
+    if dtype != "auto":
+        return device, DTYPES[dtype], reason
+    if device.type != "cpu":
+        return device, torch.bfloat16, reason
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    fast = able.get("avx512_bf16") or able.get("amx_bf16")
+    return device, torch.bfloat16 if fast else torch.float32, f"{reason}, bfloat16 units {'found' if fast else 'not found'}"
+
+
+def fail(message):
+    """One line on stderr; the exit code of bad input."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def run(main):
+    """Run a script: bad input is one line on stderr and exit code 2, Ctrl-C one line and 130, a closed pipe is no error."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(fail(error))
+
+
+def main():
+    p = Parser(__doc__, ['python llama.py --prompt "import os"', 'python llama.py --model DIR --prompt "Once" --temperature 0.8 --seed 1',
+                         'python llama.py --compare tiny out/tiny-0.5 --prompt "def main():"'])
+    add_model(p)
+    p.add_argument("--prompt", default="import os\n", help="text to go on from")
+    p.add_argument("--tokens", type=int, default=64, metavar="N", help="how many tokens to write (64)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    p.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    p.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="show what two models write, side by side")
+    a = p.parse_args()
+    if a.tokens < 1 or not a.temperature >= 0:
+        raise ValueError("--tokens must be at least 1 and --temperature at least 0")
+    device, dtype, reason = choose_device(a.device, a.dtype)
+    print(f"{device}, {str(dtype)[6:]} ({reason})", file=sys.stderr)
+    if a.compare:
+        import textwrap
+        width = max(shutil.get_terminal_size().columns // 2 - 2, 20)
+        columns = []
+        for folder in a.compare:
+            text = a.prompt + "".join(stream(*load_llama(folder, device, dtype), a.prompt, a.tokens, a.temperature, a.seed))
+            columns.append([str(folder), ""] + [w for line in text.splitlines() for w in textwrap.wrap(line, width, drop_whitespace=False) or [""]])
+        for i in range(max(map(len, columns))):
+            left, right = (c[i] if i < len(c) else "" for c in columns)
+            print(f"{left:<{width}} | {right}".rstrip())
+        return
+    model, tokenizer = load_llama(a.model, device, dtype)
+    print(a.prompt, end="", flush=True)
+    for piece in stream(model, tokenizer, a.prompt, a.tokens, a.temperature, a.seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run(main)
