@@ -11,13 +11,13 @@ Laptop    python llama.py --prompt "import os" --tokens 64              (2 s; th
 Full      python llama.py --model ~/Llama-2-7b-hf --prompt "..." --temperature 0.8
 """
 import argparse
-import contextlib
+import itertools
 import json
 import math
 import os
 import shutil
 import sys
-import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,46 +55,39 @@ class Config:
     def read(cls, path):
         """Config of the file `path`; ValueError for an architecture or a setting that this file does not compute."""
         raw = read_json(path)
-        family = raw.get("model_type")
-        if family not in ("llama", "mistral", "qwen2"):
-            raise ValueError(f"{path}: model_type {family!r} is not supported (llama, mistral and qwen2 are)")
-        known = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
-        for key, value in known.items():
-            if raw.get(key, value) != value:
-                raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported (only {value!r})")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise ValueError(f"{path}: rotary scaling {kind!r} is not supported (linear and llama3 are)")
+        for name, value, computed in (
+                ("model_type", raw.get("model_type"), ("llama", "mistral", "qwen2")), ("rotary scaling", kind, ("default", "linear", "llama3")),
+                ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)), ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
+                ("quantization_config", raw.get("quantization_config"), (None,))):
+            if value not in computed:
+                raise ValueError(f"{path}: {name} = {value!r} is not supported, only {', '.join(map(str, computed))}")
 
-        def integer(key, default=None, at_most=2**24):
-            value = raw.get(key) if raw.get(key) is not None else default
-            if type(value) is not int or not 1 <= value <= at_most:
-                raise ValueError(f"{path}: {key} = {value!r} is not a whole number from 1 to {at_most}")
+        def number(key, default=None, at_most=2**24, where=raw, types=(int,)):
+            value = default if where.get(key) is None else where[key]
+            if type(value) not in types or not 0 < value <= at_most:
+                raise ValueError(f"{path}: {key} = {value!r} is not a number of this kind from above 0 to {at_most}")
             return value
 
-        def number(where, key, default):
-            value = where.get(key) if where.get(key) is not None else default
-            if type(value) not in (int, float) or not 0 < value < 1e12:
-                raise ValueError(f"{path}: {key} = {value!r} is not a positive number")
-            return float(value)
+        def real(key, default, where=raw):
+            return float(number(key, default, 1e12, where, (int, float)))
 
-        hidden, heads = integer("hidden_size"), integer("num_attention_heads", at_most=1024)
-        kv_heads = integer("num_key_value_heads", heads, at_most=1024)
-        head_dim = integer("head_dim", max(hidden // heads, 1), at_most=4096)
+        hidden, heads = number("hidden_size"), number("num_attention_heads", at_most=1024)
+        kv_heads, head_dim = number("num_key_value_heads", heads, 1024), number("head_dim", max(hidden // heads, 1), 4096)
         if heads % kv_heads or head_dim % 2:
             raise ValueError(f"{path}: {heads} heads, {kv_heads} key-value heads and head_dim {head_dim} do not fit together")
-        positions = integer("max_position_embeddings", 2048)
+        positions, family, scaling = number("max_position_embeddings", 2048), raw["model_type"], None
         if raw.get("sliding_window") and raw.get("use_sliding_window", family == "mistral"):
-            positions = min(positions, integer("sliding_window"))     # up to there, a sliding window changes nothing
-        bias = bool(raw.get("attention_bias"))
-        scaling = {} if kind == "default" else {"factor": number(rope, "factor", 1.0)}
+            positions = min(positions, number("sliding_window"))       # up to there, a sliding window changes nothing
+        if kind != "default":
+            scaling = {"factor": real("factor", None, rope)}
         if kind == "llama3":
-            scaling.update(low=number(rope, "low_freq_factor", 1.0), high=number(rope, "high_freq_factor", 4.0),
-                           original=number(rope, "original_max_position_embeddings", positions))
-        return cls(integer("vocab_size"), hidden, integer("intermediate_size"), integer("num_hidden_layers", at_most=1024),
-                   heads, kv_heads, head_dim, positions, number(raw, "rms_norm_eps", 1e-6),
-                   number(rope, "rope_theta", raw.get("rope_theta", 10000.0)), scaling or None,
+            scaling.update(low=real("low_freq_factor", 1.0, rope), high=real("high_freq_factor", 4.0, rope),
+                           original=real("original_max_position_embeddings", positions, rope))
+        bias = bool(raw.get("attention_bias"))
+        return cls(number("vocab_size"), hidden, number("intermediate_size"), number("num_hidden_layers", at_most=1024), heads, kv_heads,
+                   head_dim, positions, real("rms_norm_eps", 1e-6), real("rope_theta", raw.get("rope_theta", 10000.0), rope), scaling,
                    bool(raw.get("tie_word_embeddings")), bias or family == "qwen2", bias, bool(raw.get("mlp_bias")))
 
 
@@ -212,38 +205,28 @@ class Tokenizer:
     """Text to token ids and back: `tokenizer.model` by sentencepiece, else `tokenizer.json` by the optional package tokenizers."""
 
     def __init__(self, folder, vocab_size):
-        folder = Path(folder)
+        folder, config = Path(folder), read_json(Path(folder) / "config.json")
         settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-        ids = read_json(folder / "config.json")
-        model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
         try:
-            if model.exists():
+            if (folder / "tokenizer.model").exists():
                 import sentencepiece
-                self.sp = sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
-                self.encode, self.decode, size = sp.encode, sp.decode, sp.get_piece_size()
-                self.bos_id, self.eos_id, adds_bos = sp.bos_id(), sp.eos_id(), True
-            elif fast.exists():
+                sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+                self.encode, self.decode, size, adds_bos = sp.encode, sp.decode, sp.get_piece_size(), True
+                self.bos_id, self.eos_id = sp.bos_id(), sp.eos_id()
+            else:
                 import tokenizers
-                self.fast = fast = tokenizers.Tokenizer.from_file(str(fast))
+                fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
                 self.encode = lambda text: fast.encode(text, add_special_tokens=False).ids
                 self.decode = lambda ids: fast.decode(ids, skip_special_tokens=False)
-                size = fast.get_vocab_size(with_added_tokens=True)
-                self.bos_id, self.eos_id = ids.get("bos_token_id"), ids.get("eos_token_id")
-                adds_bos = fast.encode("a").ids[:1] == [self.bos_id]
-            else:
-                raise ValueError(f"{folder} holds neither tokenizer.model nor tokenizer.json")
+                self.bos_id, self.eos_id = config.get("bos_token_id"), config.get("eos_token_id")
+                size, adds_bos = fast.get_vocab_size(with_added_tokens=True), fast.encode("a").ids[:1] == [self.bos_id]
         except ImportError as error:
             raise ValueError(f"the tokenizer of {folder} needs one more package: pip install {error.name}") from None
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from None
-        except Exception as error:                                     # tokenizers raises bare Exception on a broken file
-            if type(error) is not Exception:
-                raise
-            raise ValueError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from None
+        except Exception as error:          # both libraries raise what they like, a bare Exception included, on a broken file
+            raise ValueError(f"{folder} has no tokenizer.model or tokenizer.json that can be read: {first_line(error)}") from None
         if size > vocab_size:
             raise ValueError(f"the tokenizer of {folder} has {size} tokens, its model only {vocab_size}: they do not belong together")
-        if isinstance(self.eos_id, list):
-            self.eos_id = self.eos_id[0]
+        self.eos_id = self.eos_id[0] if isinstance(self.eos_id, list) else self.eos_id
         self.adds_bos = bool(settings.get("add_bos_token", adds_bos)) and self.bos_id is not None and self.bos_id >= 0
 
 
@@ -277,25 +260,6 @@ def write_text(path, text):
         partial.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def new_folder(path, force=False):
-    """A folder that appears under its name only when it is complete: yields a hidden neighbour, renamed at the end."""
-    path = Path(path)
-    if path.exists() and not force:
-        raise ValueError(f"{path} exists already; --force replaces it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if path.exists():
-            os.replace(path, partial.with_name(partial.name + ".old"))
-        os.replace(partial, path)
-    finally:
-        for leftover in (partial, partial.with_name(partial.name + ".old")):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 def open_weights(path):
     try:
         return safe_open(path, framework="pt")
@@ -303,117 +267,136 @@ def open_weights(path):
         raise ValueError(f"{path} is not a readable safetensors file: {first_line(error)}") from None
 
 
+def dense_name(name):
+    """The parameter that a stored tensor belongs to: NAME.mask and NAME.kept are the packed form of NAME."""
+    return name.removesuffix(".mask").removesuffix(".kept")
+
+
 def weight_files(folder):
-    """{file: names of its tensors} of a checkpoint folder; ValueError where index and shards disagree."""
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists():
-        if not single.exists():
-            raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
-        with open_weights(single) as f:
-            return {single: list(f.keys())}
-    promised = read_json(index).get("weight_map")
-    if not isinstance(promised, dict) or not all(isinstance(v, str) and Path(v).name == v for v in promised.values()):
+    """{file: {tensor: (shape, dtype)}} of a checkpoint folder, weights unread; ValueError where index and shards disagree."""
+    index, single = Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
+    if not (index.exists() or single.exists()):
+        raise ValueError(f"{folder} holds neither {single.name} nor {index.name}")
+    promised = read_json(index).get("weight_map") if index.exists() else {}
+    if not (isinstance(promised, dict) and all(isinstance(v, str) and Path(v).name == v for v in promised.values())):
         raise ValueError(f"{index}: weight_map does not map tensor names to files of this folder")
     files = {}
-    for name in sorted(set(promised.values())):
-        with open_weights(folder / name) as f:
-            files[folder / name] = list(f.keys())
-        wrong = set(files[folder / name]) ^ {tensor for tensor, file in promised.items() if file == name}
-        if wrong:
-            raise ValueError(f"{folder / name} and the index disagree about the tensor {min(wrong)}")
+    for path in sorted({index.with_name(v) for v in promised.values()}) if index.exists() else [single]:
+        with open_weights(path) as f:
+            files[path] = {name: (tuple(f.get_slice(name).get_shape()), f.get_slice(name).get_dtype()) for name in f.keys()}
+        wrong = set(map(dense_name, files[path])) ^ {name for name, v in promised.items() if v == path.name}
+        if index.exists() and wrong:
+            raise ValueError(f"{path} and the index disagree about the tensor {min(wrong)}")
     return files
 
 
-def read_tensors(folder):
-    """Yield (name, tensor) of every weight of a checkpoint folder, file by file, memory-mapped."""
-    for path, names in weight_files(folder).items():
-        with open_weights(path) as f:
-            for name in names:
+def check_tensors(folder, files, expected):
+    """Compare headers with expected {name: shape}, before anything is allocated; ValueError by name."""
+    floats, missing = ("F16", "BF16", "F32"), set(expected)
+    for path, tensors in files.items():
+        for name, (shape, dtype) in tensors.items():
+            owner = dense_name(name)
+            if owner.endswith("rotary_emb.inv_freq"):                  # old Llama 2 files carry it; it is computed here
+                continue
+            if owner not in missing and not name.endswith(".kept") or owner not in expected:
+                raise ValueError(f"{path}: tensor {name} does not belong to this model, or is there twice")
+            right, dtypes = expected[owner], floats
+            if name.endswith(".mask"):
+                right, dtypes = (right[0], -(-right[-1] // 8)) if owner + ".kept" in tensors else (), ("U8",)
+            elif name.endswith(".kept"):
+                right = shape[:1] if owner + ".mask" in tensors else right
+            if shape != right or dtype not in dtypes:
+                raise ValueError(f"{path}: tensor {name} has shape {shape} and dtype {dtype}, not {right} and {' or '.join(dtypes)}")
+            missing -= set() if name.endswith(".kept") else {owner}
+    if missing:
+        raise ValueError(f"{folder}: tensor {min(missing)} is missing")
+
+
+def read_tensors(path, names, d_in):
+    """Yield (name, tensor) of the file `path`, memory-mapped, packed matrices unpacked; d_in: {name: columns}."""
+    with open_weights(path) as f:
+        for name in names:
+            if name.endswith(".mask"):
+                yield name[:-5], unpack(f.get_tensor(name), f.get_tensor(name[:-5] + ".kept"), d_in[name[:-5]], name)
+            elif not name.endswith(".kept"):
                 yield name, f.get_tensor(name)
 
 
-def check_tensors(folder, expected):
-    """Compare the headers of a checkpoint with expected {name: shape}, before anything is allocated; ValueError by name."""
-    found = set()
-    for path, names in weight_files(folder).items():
-        with open_weights(path) as f:
-            for name in names:
-                piece = f.get_slice(name)
-                shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
-                if name.endswith("rotary_emb.inv_freq"):               # old Llama 2 files carry it; it is computed here
-                    continue
-                if name not in expected:
-                    raise ValueError(f"{path}: tensor {name} does not belong to this model")
-                if shape != expected[name]:
-                    raise ValueError(f"{path}: tensor {name} has shape {shape}, the config says {expected[name]}")
-                if dtype not in ("F16", "BF16", "F32"):
-                    raise ValueError(f"{path}: tensor {name} has dtype {dtype}; float16, bfloat16 and float32 can be read")
-                found.add(name)
-    missing = set(expected) - found
-    if missing:
-        raise ValueError(f"{folder}: tensor {min(missing)} is missing")
+def pack(W, kept):
+    """Survivors of W (d_out, d_in) -> mask (d_out, ceil(d_in / 8)) uint8, bit j % 8 of byte j // 8 for column j, and values (count,)."""
+    bits = F.pad(kept, (0, -kept.shape[1] % 8)).view(len(kept), -1, 8)
+    return (bits * (1 << torch.arange(8))).sum(-1, dtype=torch.uint8), W[kept]
+
+
+def unpack(mask, values, d_in, name=""):
+    """The inverse of `pack`, +0.0 where nothing was kept; ValueError when mask and values do not fit together."""
+    table = (torch.arange(256)[:, None] >> torch.arange(8) & 1).bool()
+    kept = table.index_select(0, mask.flatten().int()).view(len(mask), -1)
+    place = kept[:, :d_in].flatten().cumsum(0, dtype=torch.int32)
+    if int(kept.sum()) != len(values) or kept[:, d_in:].any():
+        raise ValueError(f"packed tensor {name} keeps {int(kept.sum())} weights, but {len(values)} values are there")
+    return torch.cat([values.new_zeros(1), values]).index_select(0, place.mul_(kept[:, :d_in].flatten())).view(len(mask), d_in)
 
 
 def load_llama(path, device="cpu", dtype=torch.float32):
     """Read a Hugging Face folder -> (Llama, Tokenizer), weights cast to `dtype` on `device`, one tensor at a time.
 
-    The folder holds config.json; model.safetensors, or shards with an index; tokenizer.model or tokenizer.json.
+    The folder holds config.json; model.safetensors, or shards with an index, plain or packed; tokenizer.model or tokenizer.json.
     raises ValueError, in one line, for whatever does not fit: a missing, extra or misshapen tensor is named.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder (a model is a folder with config.json, model.safetensors and a tokenizer)")
-    config = Config.read(folder / "config.json")
-    tensors = sum(len(names) for names in weight_files(folder).values())
-    if config.num_hidden_layers * 9 > tensors:
-        raise ValueError(f"{folder} has {tensors} tensors, too few for {config.num_hidden_layers} blocks")
+    config, files = Config.read(folder / "config.json"), weight_files(folder)
+    if config.num_hidden_layers * 9 > sum(map(len, files.values())):
+        raise ValueError(f"{folder} has {sum(map(len, files.values()))} tensors, too few for {config.num_hidden_layers} blocks")
     with torch.device("meta"):
         model = Llama(config)
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_word_embeddings and not any(head in names for names in weight_files(folder).values()):
-        del expected[head]                                             # some tied checkpoints carry the copy, most do not
-    check_tensors(folder, expected)
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    tied = "lm_head.weight" if config.tie_word_embeddings else ""      # some tied checkpoints carry the copy, most do not
+    check_tensors(folder, files, {n: s for n, s in shapes.items() if n != tied or any(n in names for names in files.values())})
     tokenizer = Tokenizer(folder, config.vocab_size)
-    for name, tensor in read_tensors(folder):
-        if name not in expected or name == head and config.tie_word_embeddings:
-            continue
-        if not math.isfinite(tensor.sum(dtype=torch.float32)):
-            raise ValueError(f"{folder}: tensor {name} holds NaN or infinite weights")
-        owner, _, leaf = name.rpartition(".")
-        weight = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
-        setattr(model.get_submodule(owner), leaf, weight)
-    if config.tie_word_embeddings:
+    for file, names in files.items():
+        for name, tensor in read_tensors(file, names, {n: s[-1] for n, s in shapes.items()}):
+            if name not in shapes or name == tied:
+                continue
+            if not math.isfinite(tensor.sum(dtype=torch.float32)):
+                raise ValueError(f"{file}: tensor {name} holds NaN or infinite weights")
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
+    if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval(), tokenizer
 
 
-def save_llama(model, folder, source, masks=None):
+def save_llama(model, folder, source, masks=None, packed=False):
     """Write `model` in the layout of the folder `source`, tokenizer files included, loadable by transformers unchanged.
 
     Values come from the source's files in the source's dtype, tensor by tensor: a surviving weight is bit-identical to the
     source's, a pruned one is +0.0, whatever dtype was computed in.
     masks     {parameter name: bool (d_out, d_in), True = kept}; None: what is +0.0 in the model and not in the source is pruned
+    packed    pruned matrices as NAME.mask and NAME.kept, see `pack`: load_llama reads it, other tools do not
     """
     folder, source = Path(folder), Path(source)
     folder.mkdir(parents=True, exist_ok=True)
     live = dict(model.named_parameters())
     for path, names in weight_files(source).items():
-        with open_weights(path) as f:
-            tensors, metadata = {name: f.get_tensor(name) for name in names}, f.metadata()
-        for name, value in tensors.items():
-            if masks is not None and name in masks:
-                kept = masks[name].to(value.device)
-            elif masks is None and name.endswith("_proj.weight"):
+        tensors = {}
+        for name, value in read_tensors(path, names, {n: p.shape[-1] for n, p in live.items()}):
+            kept = None if masks is None else masks.get(name)
+            if masks is None and name.endswith("_proj.weight"):
                 weight = live[name].detach().cpu()
                 kept = (weight != 0) | weight.signbit() | (value.to(weight.dtype) == 0)
+            if kept is None:
+                tensors[name] = value
+            elif packed:
+                tensors[name + ".mask"], tensors[name + ".kept"] = pack(value, kept.cpu())
             else:
-                continue
-            tensors[name] = torch.where(kept, value, torch.zeros((), dtype=value.dtype))
-        save_file(tensors, folder / path.name, metadata=metadata or {"format": "pt"})
+                tensors[name] = torch.where(kept.cpu(), value, torch.zeros((), dtype=value.dtype))
+        save_file(tensors, folder / path.name, {"format": "pt", "unicuco_packed": "1"} if packed else {"format": "pt"})
+        (folder / path.name).chmod(0o644)
     for path in source.iterdir():
-        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.name not in ("strategy.json", "results.json"):
+        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "strategy.json":
             shutil.copyfile(path, folder / path.name)
 
 
@@ -531,14 +514,12 @@ def main():
     device, dtype, reason = choose_device(a.device, a.dtype)
     print(f"{device}, {str(dtype)[6:]} ({reason})", file=sys.stderr)
     if a.compare:
-        import textwrap
         width = max(shutil.get_terminal_size().columns // 2 - 2, 20)
         columns = []
         for folder in a.compare:
             text = a.prompt + "".join(stream(*load_llama(folder, device, dtype), a.prompt, a.tokens, a.temperature, a.seed))
-            columns.append([str(folder), ""] + [w for line in text.splitlines() for w in textwrap.wrap(line, width, drop_whitespace=False) or [""]])
-        for i in range(max(map(len, columns))):
-            left, right = (c[i] if i < len(c) else "" for c in columns)
+            columns.append([str(folder), "", *(w for line in text.splitlines() for w in textwrap.wrap(line, width, drop_whitespace=False) or [""])])
+        for left, right in itertools.zip_longest(*columns, fillvalue=""):
             print(f"{left:<{width}} | {right}".rstrip())
         return
     model, tokenizer = load_llama(a.model, device, dtype)

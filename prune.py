@@ -9,17 +9,23 @@ Not here  weight updates (SparseGPT), structured pruning.
 Laptop    python prune.py --sparsity 0.5                  (15 s; ends with the folder that it wrote)
 Full      python prune.py --model ~/Llama-2-7b-hf --data c4.jsonl --sparsity 0.3 0.5 0.7
 """
-import argparse
+import contextlib
 import json
-import sys
+import math
+import os
+import re
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from eval import Divergence, batches, draw, load_texts, sha256
-from llama import TINY, Parser, add_model, choose_device, load_llama, new_folder, run, save_llama, write_text
+from gp import GaussianProcess
+from llama import Parser, add_model, choose_device, first_line, load_llama, run, save_llama, weight_files, write_text
 from unicuco import MAX, load_stratnet, strategy_for
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -121,7 +127,7 @@ def activation_norms(model, windows):
     windows = windows.to(model.embed.weight.device)
     rotary, norms = model.rotary(windows.shape[1]), {}
     states = [model.embed(w) for w in batches(windows)]
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(tqdm(model.blocks, desc="calibration", disable=None, leave=False)):
         squares = {}
         states = [measured_block(block, h, rotary, squares) for h in states]
         norms.update({f"model.layers.{i}.{name}.weight": squares[name].sqrt() for name in LINEARS})
@@ -178,8 +184,55 @@ class Pruner:
         return {name: r >= k for names, ranks, counts in zip(self.names, self.ranks, self.counts(strategy).int().tolist())
                 for name, r, k in zip(names, ranks, counts)}
 
+    def pattern_masks(self, strategy, keep, group):
+        """Semi-structured masks: `keep` of every `group` neighbours in a row survive, by the same scores, in whole blocks.
+
+        ceil(2 d s) blocks get the pattern, those where the strategy (mean s) prunes most; the others stay dense.
+        raises ValueError above half of the weights, and where d_in is no multiple of the group.
+        """
+        x = torch.as_tensor(strategy, dtype=torch.float64)
+        chosen = math.ceil(2 * float(x.sum()) - 1e-9)
+        if chosen > len(x) or (self.d_in % group).any():
+            raise ValueError(f"the pattern {keep}:{group} prunes half of a block at most, and needs rows of a multiple of {group} weights")
+        masks = {}
+        for i in x.argsort(descending=True, stable=True)[:chosen].tolist():
+            for name, r in zip(self.names[i], self.ranks[i]):
+                r = r.view(len(r), -1, group)
+                masks[name] = ((r[..., None] > r[..., None, :]).sum(-1) >= group - keep).flatten(1)
+        return masks
+
+    @torch.inference_mode()
+    def apply_masks(self, masks):
+        """Make the live weights those of masks {parameter name: bool}, dense where there is none."""
+        for names, dense, live in zip(self.names, self.dense, self.live):
+            for name, W, out in zip(names, dense, live):
+                out.copy_(torch.where(masks[name], W, torch.zeros((), dtype=W.dtype, device=W.device)) if name in masks else W)
+
+    def counted(self, masks):
+        """The fraction of all block weights that masks {parameter name: bool} drop."""
+        return sum(int((~m).sum()) for m in masks.values()) / (len(self.live) * float((self.d_in * self.d_out).sum()))
+
 
 # --------------------------------------------------------------------------------------------------------------- requests
+@contextlib.contextmanager
+def new_folder(path, force=False):
+    """A folder that appears under its name only when it is complete: yields a hidden neighbour, renamed at the end."""
+    path = Path(path)
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists already; --force replaces it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if path.exists():
+            os.replace(path, partial.with_name(partial.name + ".old"))
+        os.replace(partial, path)
+    finally:
+        for leftover in (partial, partial.with_name(partial.name + ".old")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def find_stratnet(path, model_folder, blocks):
     """StratNet from `path`, else out/<model name>/, else the model's folder; see `load_stratnet` for what comes back."""
     places = [path] if path else [Path("out") / model_folder.resolve().name / "stratnet.safetensors", model_folder / "stratnet.safetensors"]
@@ -199,54 +252,195 @@ def setting(model_folder, data, tests, device, dtype, seqlen, calibration, searc
     return model, tokenizer, *draw(windows, [calibration, max(1, search // seqlen)], seed), held_out
 
 
+KINDS = {"sparsity": "fraction of the block weights that goes", "preference": "weight of size, l1, against fidelity",
+         "max_kl": "most KL from the dense model, nats per token", "max_size": "most bytes of the packed weights, as 9MB"}
+
+
+def parse_request(raw, name=None):
+    """{"name", "kind", "value", "text"} from {one of KINDS: value, "name" optional}; ValueError for anything else."""
+    kinds = [k for k in KINDS if k in raw] if isinstance(raw, dict) else []
+    if len(kinds) != 1 or set(raw) - {*KINDS, "name"}:
+        raise ValueError(f"a request is one of {', '.join(KINDS)}, with a name if you like, not {json.dumps(raw)[:80]}")
+    kind, text = kinds[0], str(raw[kinds[0]])
+    match = re.fullmatch(r"([0-9.eE+-]+)\s*([kMG]?)B?", text) if kind == "max_size" else re.fullmatch(r"([0-9.eE+-]+)()", text)
+    try:
+        value = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]
+    except (TypeError, ValueError):
+        raise ValueError(f"{kind} {text[:40]!r} is not a number{', as 9MB' if kind == 'max_size' else ''}") from None
+    if not 0 <= value <= {"sparsity": MAX, "preference": 1, "max_kl": 1e9, "max_size": 1e15}[kind]:
+        raise ValueError(f"{kind} {text[:40]} is outside 0 to {MAX if kind == 'sparsity' else 1}" if value >= 0 else f"{kind} {text[:40]} is negative")
+    prefix = {"sparsity": "", "preference": "preference-", "max_kl": "kl-", "max_size": "size-"}[kind]
+    name = raw.get("name", prefix + (f"{value:g}" if kind != "max_size" else text))
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+ -]{1,80}", name) or name.startswith("."):
+        raise ValueError(f"a request's name is a plain folder name, not {str(name)[:40]!r}")
+    return {"name": name, "kind": kind, "value": value, "text": text}
+
+
+def read_requests(path):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return [parse_request(json.loads(line)) for line in lines if line.strip()]
+    except OSError as error:
+        raise ValueError(f"requests {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"requests {path}: {first_line(error)}") from None
+
+
+class Unreachable(ValueError):
+    """No strategy meets the request; the message names the nearest that can be met."""
+
+
+def packed_bytes(pruner, source, strategy):
+    """Size of the packed weights of a strategy, at most 1 % too high: masks, survivors, the rest of the source's files."""
+    files = [tensor for tensors in weight_files(source).values() for tensor in tensors.items()]
+    bytes_of = {name: {"F32": 4}.get(dtype, 2) for name, (_, dtype) in files}
+    rest = sum(math.prod(shape) * bytes_of[name] for name, (shape, _) in files if not name.endswith("_proj.weight")) + 300 * len(files) + 4096
+    kept = (pruner.d_in - pruner.counts(strategy)) * pruner.d_out
+    itemsize = max(b for name, b in bytes_of.items() if name.endswith("_proj.weight"))
+    return int(rest + float(kept.sum()) * itemsize + float(((pruner.d_in / 8).ceil() * pruner.d_out).sum()) * len(kept))
+
+
+def largest(fits, low=0.0, high=MAX, steps=24):
+    """The largest sparsity in [low, high] for which `fits` holds, when it holds up to some point."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def strategy_of(request, curve, net, predicted, measure, size):
+    """The strategy (d,) that meets a request, or Unreachable.
+
+    curve      sparsity -> strategy;  net: StratNet, or None for uniform;  size: strategy -> packed bytes
+    predicted  strategy -> the surrogate's log KL;  measure: strategy -> measured KL
+    """
+    value = request["value"]
+    if request["kind"] == "sparsity":
+        return curve(value)
+    if request["kind"] == "preference":
+        if net is None:
+            raise ValueError("a preference needs StratNet: it cannot be asked with --uniform")
+        with torch.no_grad():
+            return net(torch.tensor([[value, 1 - value]]))[0]
+    if request["kind"] == "max_size":
+        if size(curve(MAX)) > value:
+            raise Unreachable(f"{request['text']} is less than pruning reaches: sparsity {MAX} has {size(curve(MAX))} bytes")
+        return curve(MAX - largest(lambda less: size(curve(MAX - less)) <= value))
+    # the surrogate proposes; each measurement corrects its offset, and the largest sparsity that measured below is kept
+    best, offset = None, 0.0
+    if measure(curve(0.01)) > value:
+        raise Unreachable(f"KL {value:g} is below what pruning gives: sparsity 0.01 has {measure(curve(0.01)):.3g}")
+    for margin in (0.0, 0.01, 0.02, 0.04, 0.08, 0.16):
+        x = curve(largest(lambda s: predicted(curve(s)) + offset <= math.log(max(value, 1e-9)) - margin, 0.01, MAX, 14))
+        kl = measure(x)
+        if kl <= value and (best is None or float(x.mean()) > float(best.mean())):
+            best = x
+            if kl >= 0.97 * value or float(x.mean()) > MAX - 1e-3:
+                break
+        offset = math.log(max(kl, 1e-6)) - predicted(x)
+    return best if best is not None else curve(0.01)
+
+
 def main():
-    p = Parser(__doc__, ["python prune.py --sparsity 0.5", "python prune.py --sparsity 0.3 0.5 0.7 --model DIR --data c4.jsonl",
-                         "python prune.py --sparsity 0.5 --uniform --metric magnitude --out out/plain"])
+    p = Parser(__doc__, ["python prune.py --sparsity 0.5", "python prune.py --sparsity 0.3 0.5 0.7 --packed --model DIR --data c4.jsonl",
+                         "python prune.py --max-kl 0.1 --max-size 9MB", "python prune.py --requests wishes.jsonl --out served --json table.json",
+                         "python prune.py --unpack served/phone --out plain"])
     add_model(p)
-    p.add_argument("--sparsity", type=float, nargs="+", required=True, metavar="S", help=f"fraction of block weights that goes, 0 to {MAX}")
+    for kind, help in KINDS.items():
+        p.add_argument("--" + kind.replace("_", "-"), nargs="+", default=[], metavar=kind[-4:].strip("_").upper(), help=help)
+    p.add_argument("--requests", type=Path, metavar="FILE", help='jsonl, one request a line: {"name": "phone", "max_size": "9MB"}')
     p.add_argument("--data", type=Path, metavar="FILE", help="calibration text (default: the embedded default text)")
     p.add_argument("--test", type=Path, nargs="+", metavar="FILE", help="text to measure on (default: held-out part of --data)")
-    p.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens to measure KL and perplexity on (8192)")
+    p.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to measure KL and perplexity on (2048)")
     p.add_argument("--calibration", type=int, default=32, metavar="N", help="calibration windows (32)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window (default: the model's positions, at most 512)")
     p.add_argument("--seed", type=int, default=0, help="of the choice of windows (0)")
     p.add_argument("--stratnet", type=Path, metavar="FILE", help="default: out/<model>/stratnet.safetensors, then the model's folder")
     p.add_argument("--uniform", action="store_true", help="the same sparsity in every block, no StratNet")
     p.add_argument("--metric", choices=METRICS, default="wanda", help="pruning score (wanda)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>-<sparsity>")
-    p.add_argument("--force", action="store_true", help="replace an existing --out")
+    p.add_argument("--pattern", choices=["2:4", "4:8"], help="semi-structured masks, up to sparsity 0.5")
+    p.add_argument("--packed", action="store_true", help="write bit masks and survivors: smaller files, read by load_llama alone")
+    p.add_argument("--unpack", type=Path, metavar="DIR", help="turn a packed folder into a plain one, at --out")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>-<request>; the parent folder for several requests")
+    p.add_argument("--force", action="store_true", help="replace existing folders")
+    p.add_argument("--dry-run", action="store_true", help="print the strategies, write nothing")
+    p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the table as JSON, into FILE or alone on standard output")
     a = p.parse_args()
-    name = a.model.resolve().name
-    outs = [a.out if a.out and len(a.sparsity) == 1 else (a.out or Path("out")) / f"{name}-{s:g}" for s in a.sparsity]
-    for s, out in zip(a.sparsity, outs):
-        if not 0 <= s <= MAX:
-            raise ValueError(f"--sparsity {s:g} is outside 0 to {MAX}")
-        if out.exists() and not a.force:
-            raise ValueError(f"{out} exists already; --force replaces it")
+    if a.unpack:
+        if not a.out:
+            raise ValueError("--unpack needs --out")
+        model, _ = load_llama(a.unpack)
+        with new_folder(a.out, a.force) as folder:
+            save_llama(model, folder, a.unpack, {})
+        return print(f"wrote {a.out}")
+    requests = [parse_request({kind: v}) for kind in KINDS for v in getattr(a, kind)] + (read_requests(a.requests) if a.requests else [])
+    names = [r["name"] for r in requests]
+    if not requests or len(set(names)) < len(names):
+        raise ValueError("nothing is asked: give --sparsity or another request" if not requests else f"two requests are named {max(names, key=names.count)}")
+    name, several = a.model.resolve().name, len(requests) > 1
+    for r in requests:
+        r["out"] = (a.out / r["name"] if several else a.out) if a.out else Path("out") / f"{name}-{r['name']}"
+        if r["out"].exists() and not a.force and not a.dry_run:
+            raise ValueError(f"{r['out']} exists already; --force replaces it")
     device, dtype, reason = choose_device(a.device, a.dtype)
     model, tokenizer, windows, _, held_out = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, 1, a.seed)
-    net = None if a.uniform else find_stratnet(a.stratnet, a.model, len(model.blocks))[0]
+    net, _, X, y, about = (None,) * 5 if a.uniform else find_stratnet(a.stratnet, a.model, len(model.blocks))
+    gp = GaussianProcess(about["mean"]).fit(X, y) if net and any(r["kind"] == "max_kl" for r in requests) else None
     text, test = next(iter(held_out.items()))
     test = test[:max(1, a.tokens // test.shape[1])]
-    print(f"{name} on {device}, {str(dtype)[6:]} ({reason}); calibrated on {windows.numel()} tokens, measured on {test.numel()} of {text}")
+    say = (lambda *words: None) if a.json == "-" else print
+    say(f"{name} on {device}, {str(dtype)[6:]} ({reason}); calibrated on {windows.numel()} tokens, measured on {test.numel()} of {text}")
     divergence = Divergence(model, test)
-    print(f"dense             KL 0.0000   perplexity {divergence.measure()[1]:.3f}")
-    pruner = Pruner(model, windows, a.metric)
-    for s, out in zip(a.sparsity, outs):
+    dense_ppl, pruner = divergence.measure()[1], Pruner(model, windows, a.metric)
+    width = max(map(len, names + ["request"]))
+    say(f"{'request':<{width}}  sparsity      KL  perplexity      bytes  seconds\n{'dense':<{width}}    0.0000  0.0000  {dense_ppl:10.3f}")
+
+    def curve(sparsity):
+        uniform = torch.full((len(model.blocks),), sparsity, dtype=torch.float64)
+        return uniform if net is None else strategy_for(net, sparsity, pruner.sparsity)
+
+    def predicted(x):
+        return float(gp.posterior(x[None])[0]) if gp else 8 * float(x.mean())      # without a surrogate: the usual slope
+
+    def measure(x):
+        pruner.apply(x)
+        return divergence()
+
+    table, unmet = [], []
+    for r in requests:
         started = time.perf_counter()
-        strategy = torch.full((len(model.blocks),), s, dtype=torch.float64) if a.uniform else strategy_for(net, s, pruner.sparsity)
-        pruner.apply(strategy)
+        try:
+            strategy = strategy_of(r, curve, net, predicted, measure, lambda x: packed_bytes(pruner, a.model, x))
+        except Unreachable as error:
+            unmet.append(f"{r['name']}: {error}")
+            table.append({"request": r["name"], r["kind"]: r["text"], "unmet": str(error)})
+            continue
+        masks = pruner.pattern_masks(strategy, *map(int, a.pattern.split(":"))) if a.pattern else pruner.masks(strategy)
+        pruner.apply_masks(masks) if a.pattern else pruner.apply(strategy)
+        counted = pruner.counted(masks) if a.pattern else pruner.sparsity(strategy)
         kl, ppl = divergence.measure()
-        counted = pruner.sparsity(strategy)
-        print(f"sparsity {counted:.4f}   KL {kl:.4f}   perplexity {ppl:.3f}   {'uniform' if a.uniform else 'StratNet'}, blocks "
-              + " ".join(f"{x:.2f}" for x in strategy.tolist()))
-        record = {"request": {"sparsity": s}, "strategy": strategy.tolist(), "counted": counted, "metric": a.metric,
-                  "calibration": {"text": a.data.name if a.data else "stdlib", "sha256": a.data and sha256(a.data), "tokens": windows.numel()},
-                  "measured": {"text": text, "tokens": test.numel(), "kl": kl, "ppl": ppl}, "method": "uniform" if a.uniform else "unicuco"}
-        with new_folder(out, a.force) as folder:
-            save_llama(model, folder, a.model, pruner.masks(strategy))
-            write_text(folder / "strategy.json", json.dumps(record, indent=1) + "\n")
-        print(f"wrote {out} ({time.perf_counter() - started:.1f} s)")
+        row = {"request": r["name"], r["kind"]: r["text"], "sparsity": counted, "kl": kl, "ppl": ppl, "bytes": None,
+               "strategy": strategy.tolist()}
+        if not a.dry_run:
+            with new_folder(r["out"], a.force) as folder:
+                save_llama(model, folder, a.model, masks, a.packed)
+                row["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+                record = {**row, "counted": counted, "request": {r["kind"]: r["value"]}, "method": "uniform" if a.uniform else "unicuco",
+                          "metric": a.metric, "pattern": a.pattern, "model": name, "dense_ppl": dense_ppl, "measured_on": text,
+                          "tokens": test.numel(), "calibration": {"text": a.data.name if a.data else "stdlib", "tokens": windows.numel(),
+                                                                  "sha256": sha256(a.data) if a.data else None}}
+                write_text(folder / "strategy.json", json.dumps(record, indent=1) + "\n")
+        row["seconds"] = round(time.perf_counter() - started, 3)
+        table.append(row)
+        say(f"{r['name']:<{width}}  {counted:8.4f}  {kl:6.4f}  {ppl:10.3f}  {row['bytes'] or '-':>9}  {row['seconds']:7.2f}")
+        if not several or a.dry_run:
+            say(f"{'':<{width}}  blocks " + " ".join(f"{x:.2f}" for x in strategy.tolist()))
+    if a.json:
+        print(json.dumps(table, indent=1)) if a.json == "-" else write_text(a.json, json.dumps(table, indent=1) + "\n")
+    if not a.dry_run:
+        say("wrote " + ", ".join(str(r["out"]) for r in requests[:3]) + (f" and {len(requests) - 3} more" if len(requests) > 3 else ""))
+    if unmet:
+        raise ValueError("; ".join(unmet))
 
 
 if __name__ == "__main__":

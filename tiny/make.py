@@ -2,7 +2,7 @@
 Train the embedded default from scratch: its tokenizer, then a 5.5M-parameter Llama, on Python's own standard library.
 
 Needs     the packages of requirements.txt, a C++ compiler (torch.compile), 2 cores and 4 GB.
-Time      80 minutes on 2 cores with bfloat16. Killed and started again, it goes on from the last saved step.
+Time      45 minutes on 2 cores with bfloat16. Killed and started again, it goes on from the last saved step.
 Run       python -m tiny.make              writes tiny/{config.json, model.safetensors, tokenizer.model, tokenizer_config.json}
 """
 import argparse
