@@ -5,6 +5,8 @@ Source    OWL (arXiv 2310.05175), EvoPress (arXiv 2410.14649); each docstring sa
 Reading   after train.py. Next: bench.py.
 Shapes    d blocks; a strategy (d,) is the sparsity of each block; every baseline returns one for the same counted sparsity.
 """
+import time
+
 import torch
 
 from gp import GaussianProcess
@@ -57,17 +59,17 @@ def evopress(f2, quick, sparsity, blocks, counted, budget, seed=0, offspring=8, 
     f2, quick     strategy -> KL on all search tokens, and on 1 / quick.share of them
     budget        evaluations of f2, counted in tokens
     snapshots     smaller budgets whose best strategy is wanted too
-    returns       {budget: strategy (d,)}
+    returns       {budget: (strategy (d,), seconds until then)}
     Left out: levels from a database of pruned layers (any level costs nothing here), and a third selection step.
     """
-    g = torch.Generator().manual_seed(seed)
+    g, started = torch.Generator().manual_seed(seed), time.perf_counter()
     parent = shift_to(logit(uniform(blocks, sparsity)), sparsity, counted)
     best, spent, found = f2(parent), 1.0, {}
     wanted = sorted({*snapshots, budget})
     while wanted:
         cost = offspring / quick.share + survivors
         while wanted and spent + cost > wanted[0]:
-            found[wanted.pop(0)] = parent
+            found[wanted.pop(0)] = parent, time.perf_counter() - started
         if not wanted:
             break
         children = []

@@ -91,15 +91,6 @@ class Config:
                    bool(raw.get("tie_word_embeddings")), bias or family == "qwen2", bias, bool(raw.get("mlp_bias")))
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
 def rotate(x, rotary):
     """Rotary embedding of x (B, heads, T, d): the pair (j, j + d/2) turns by the angle of its position and frequency."""
     cos, sin = rotary                                                  # (T, d) each
@@ -145,8 +136,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm, self.self_attn = RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
-        self.post_attention_layernorm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
+        self.input_layernorm, self.self_attn = nn.RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
+        self.post_attention_layernorm, self.mlp = nn.RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
 
     def forward(self, h, rotary, cache=None):
         h = h + self.self_attn.o_proj(self.self_attn.mix(self.input_layernorm(h), rotary, cache))
@@ -162,7 +153,7 @@ class Llama(nn.Module):
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -239,25 +230,11 @@ def read_json(path):
     """The JSON object in the file `path`; ValueError, naming the file, when there is none."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON: {first_line(error)}") from None
+        raise ValueError(f"{path} is missing or not readable JSON: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
-
-
-def write_text(path, text):
-    """Write the file `path` beside its place, then rename: a reader sees the old text or the new one, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def open_weights(path):
@@ -301,10 +278,10 @@ def check_tensors(folder, files, expected):
             if owner not in missing and not name.endswith(".kept") or owner not in expected:
                 raise ValueError(f"{path}: tensor {name} does not belong to this model, or is there twice")
             right, dtypes = expected[owner], floats
-            if name.endswith(".mask"):
-                right, dtypes = (right[0], -(-right[-1] // 8)) if owner + ".kept" in tensors else (), ("U8",)
-            elif name.endswith(".kept"):
-                right = shape[:1] if owner + ".mask" in tensors else right
+            if name.endswith(".mask") and owner + ".kept" in tensors:
+                right, dtypes = (right[0], -(-right[-1] // 8)), ("U8",)
+            elif name.endswith(".kept") and owner + ".mask" in tensors:
+                right = shape[:1]
             if shape != right or dtype not in dtypes:
                 raise ValueError(f"{path}: tensor {name} has shape {shape} and dtype {dtype}, not {right} and {' or '.join(dtypes)}")
             missing -= set() if name.endswith(".kept") else {owner}
@@ -407,8 +384,7 @@ def generate(model, tokens, count, temperature=0.0, seed=0):
 
     raises ValueError when prompt and answer do not fit into max_position_embeddings.
     """
-    c, like = model.config, model.embed.weight
-    room = len(tokens) + count
+    c, like, room = model.config, model.embed.weight, len(tokens) + count
     if not tokens or room > c.max_position_embeddings:
         raise ValueError(f"a prompt of {len(tokens)} and {count} new tokens: this model has 1 to {c.max_position_embeddings} positions")
     generator = torch.Generator().manual_seed(seed)
@@ -417,18 +393,14 @@ def generate(model, tokens, count, temperature=0.0, seed=0):
     for _ in range(count):
         h = model.hidden(step, [(k, v, start) for k, v in zip(keys, values)])
         logits = model.head(h[:, -1]).float()[0].cpu()
-        if temperature > 0:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
-        else:
-            token = logits.argmax().item()
+        token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator) if temperature > 0 else logits.argmax())
         yield token
         start, step = start + step.shape[1], torch.tensor([[token]], device=like.device)
 
 
 def stream(model, tokenizer, prompt, count, temperature=0.0, seed=0):
     """Yield the text that follows `prompt`, piece by piece, whole characters only; ends at the end-of-text token."""
-    start = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    ids = start + tokenizer.encode(prompt)
+    ids = [tokenizer.bos_id] * tokenizer.adds_bos + tokenizer.encode(prompt)
     shown = len(tokenizer.decode(ids))
     for token in generate(model, ids or [tokenizer.bos_id or 0], count, temperature, seed):
         if token == tokenizer.eos_id:
@@ -445,15 +417,14 @@ class Parser(argparse.ArgumentParser):
     """argparse with examples first, defaults shown, and one line on stderr for a bad argument."""
 
     def __init__(self, doc, examples):
-        super().__init__(description="examples:\n" + "\n".join(f"  {e}" for e in examples) + "\n\n" + doc.strip().splitlines()[0],
-                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118),
-                         usage="%(prog)s [options]", allow_abbrev=False)
+        super().__init__(description="\n  ".join(["examples:", *examples]) + "\n\n" + doc.strip().splitlines()[0], usage="%(prog)s [options]",
+                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118))
 
     def error(self, message):
-        sys.exit(fail(message))
+        fail(message)
 
 
-def add_model(parser, text=True):
+def add_model(parser):
     """The options that every script shares."""
     parser.add_argument("--model", type=Path, default=TINY, metavar="DIR", help="Hugging Face folder (default: the embedded tiny model)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
@@ -462,41 +433,37 @@ def add_model(parser, text=True):
 
 def choose_device(device="auto", dtype="auto"):
     """(device, dtype, reason): CUDA in bfloat16 if there is one, else the CPU in bfloat16 where it multiplies bfloat16 fast."""
-    reason = "as asked"
-    if device == "auto":
-        device, reason = ("cuda", "a GPU is there") if torch.cuda.is_available() else ("cpu", "no GPU")
+    reason = "as asked" if device != "auto" else "a GPU is there" if torch.cuda.is_available() else "no GPU"
     try:
-        device = torch.device(device)
+        device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {first_line(error)}") from None
-    if dtype != "auto":
-        return device, DTYPES[dtype], reason
-    if device.type != "cpu":
-        return device, torch.bfloat16, reason
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {"avx512_bf16": True}
     fast = able.get("avx512_bf16") or able.get("amx_bf16")
-    return device, torch.bfloat16 if fast else torch.float32, f"{reason}, bfloat16 units {'found' if fast else 'not found'}"
+    if device.type == "cpu" and dtype == "auto":
+        reason += f", bfloat16 units {'found' if fast else 'not found'}"
+    return device, DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if fast else torch.float32, reason
 
 
 def fail(message):
-    """One line on stderr; the exit code of bad input."""
+    """One line on stderr, then the exit code of bad input."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    return 2
+    sys.exit(2)
 
 
-def run(main):
-    """Run a script: bad input is one line on stderr and exit code 2, Ctrl-C one line and 130, a closed pipe is no error."""
+def run(main, hint=""):
+    """Run a script: bad input is one line on stderr and exit code 2, Ctrl-C one line with a hint and 130, a closed pipe no error."""
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print(f"\ninterrupted{hint}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        sys.exit(fail(error))
+        fail(error)
 
 
 def main():

@@ -6,13 +6,12 @@ Laptop    python plot.py                     (5 s; reads out/tiny, writes PNG an
 Full      python plot.py --run out/SmolLM2-135M --out results/figures
 """
 import json
-import math
 from pathlib import Path
 
 import torch
 
 from llama import Parser, read_json, run
-from unicuco import StratNet, load_stratnet, strategy_for
+from unicuco import load_stratnet, strategy_for
 
 # Okabe and Ito's colours, told apart by colour-blind readers too
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"

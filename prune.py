@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from eval import Divergence, batches, draw, load_texts, sha256
 from gp import GaussianProcess
-from llama import Parser, add_model, choose_device, first_line, load_llama, run, save_llama, weight_files, write_text
+from llama import Parser, add_model, choose_device, first_line, load_llama, run, save_llama, weight_files
 from unicuco import MAX, load_stratnet, strategy_for
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -187,11 +187,11 @@ class Pruner:
     def pattern_masks(self, strategy, keep, group):
         """Semi-structured masks: `keep` of every `group` neighbours in a row survive, by the same scores, in whole blocks.
 
-        ceil(2 d s) blocks get the pattern, those where the strategy (mean s) prunes most; the others stay dense.
+        ceil(2 d s) blocks get the pattern, s the counted sparsity: those where the strategy prunes most; the others stay dense.
         raises ValueError above half of the weights, and where d_in is no multiple of the group.
         """
         x = torch.as_tensor(strategy, dtype=torch.float64)
-        chosen = math.ceil(2 * float(x.sum()) - 1e-9)
+        chosen = math.ceil(2 * len(x) * self.sparsity(x) - 1e-9)
         if chosen > len(x) or (self.d_in % group).any():
             raise ValueError(f"the pattern {keep}:{group} prunes half of a block at most, and needs rows of a multiple of {group} weights")
         masks = {}
@@ -214,6 +214,18 @@ class Pruner:
 
 
 # --------------------------------------------------------------------------------------------------------------- requests
+def write_text(path, text):
+    """Write the file `path` beside its place, then rename: a reader sees the old text or the new one, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def new_folder(path, force=False):
     """A folder that appears under its name only when it is complete: yields a hidden neighbour, renamed at the end."""
@@ -438,7 +450,8 @@ def main():
     if a.json:
         print(json.dumps(table, indent=1)) if a.json == "-" else write_text(a.json, json.dumps(table, indent=1) + "\n")
     if not a.dry_run:
-        say("wrote " + ", ".join(str(r["out"]) for r in requests[:3]) + (f" and {len(requests) - 3} more" if len(requests) > 3 else ""))
+        written = [str(r["out"]) for r, row in zip(requests, table) if "unmet" not in row]
+        say("wrote " + (", ".join(written[:3]) or "nothing") + (f" and {len(written) - 3} more" if len(written) > 3 else ""))
     if unmet:
         raise ValueError("; ".join(unmet))
 

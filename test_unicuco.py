@@ -24,7 +24,7 @@ import train
 import unicuco
 from gp import GaussianProcess
 from llama import Config, Llama, load_llama, save_llama
-from prune import LINEARS, METRICS, Pruner, keep_mask, rank
+from prune import METRICS, Pruner, keep_mask, rank
 
 ROOT = Path(__file__).parent
 SMALL = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=4096, hidden_size=64, intermediate_size=96,

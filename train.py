@@ -11,10 +11,8 @@ Full      torchrun --nproc-per-node=8 train.py --model ~/Llama-2-7b-hf --data c4
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -24,8 +22,8 @@ from tqdm import tqdm
 
 from eval import Divergence, sha256, stdlib_text
 from gp import GaussianProcess
-from llama import Parser, add_model, choose_device, read_json, run, weight_files, write_text
-from prune import METRICS, Pruner, setting
+from llama import Parser, add_model, choose_device, read_json, run, weight_files
+from prune import METRICS, Pruner, setting, write_text
 from unicuco import (Scale, StratNet, first_design, hypervolume, log_divergence, save_stratnet, select_batch, strategy_for,
                      train_stratnet)
 
@@ -227,4 +225,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ": what was measured is kept, the same command with --resume goes on")

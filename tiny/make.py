@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from eval import bits_per_byte, stdlib_text
-from llama import Config, Llama, load_llama, run, write_text
+from llama import Config, Llama, load_llama, run
+from prune import write_text
 
 FIELDS = dict(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=12, num_attention_heads=3,
               num_key_value_heads=1, head_dim=64, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0,
