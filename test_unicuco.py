@@ -455,12 +455,22 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(small, 
         assert not (tmp_path / "out").exists() and not list((tmp_path / "existing").iterdir())
 
 
-def test_every_flag_in_the_readme_exists_and_every_flag_is_read():
-    sources = {p.name: p.read_text() for p in ROOT.glob("*.py")}
-    declared = {(name, flag) for name, code in sources.items() for flag in re.findall(r'add_argument\("--([a-z-]+)"', code)}
-    flags = {flag for _, flag in declared} | {"nproc-per-node", "nnodes", "depth", "help"}
-    for flag in re.findall(r"--([a-z][a-z-]+)", (ROOT / "README.md").read_text()):
-        assert flag in flags, f"README names --{flag}"
-    for name, flag in declared:
-        if name != "llama.py" or flag not in ("model", "device", "dtype"):
-            assert re.search(rf"\ba\.{flag.replace('-', '_')}\b|\"{flag.replace('-', '_')}\"", sources[name]), (name, flag)
+def test_every_flag_and_every_number_in_the_readme_is_real():
+    sources, readme = {p.name: p.read_text() for p in ROOT.glob("*.py")}, (ROOT / "README.md").read_text()
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", readme)) - {"nproc-per-node"}:
+        assert any(f"--{flag}" in code for code in sources.values()), f"README names --{flag}"
+    for name, code in sources.items():
+        for flag in re.findall(r'add_argument\("--([a-z-]+)"', code) if name != "llama.py" else ():
+            assert re.search(rf"\ba\.{flag.replace('-', '_')}\b", code), f"{name} never reads --{flag}"
+
+    def numbers(value):
+        if isinstance(value, (dict, list)):
+            return [n for v in (value.values() if isinstance(value, dict) else value) for n in numbers(v)] + (
+                [float(k) for k in value if re.fullmatch(r"[0-9.]+", k)] if isinstance(value, dict) else [])
+        return [float(value)] if isinstance(value, (int, float)) else []
+
+    known = [n for path in (ROOT / "results").glob("*.json") for n in numbers(json.loads(path.read_text()))]
+    for line in re.findall(r"^\|.*\d.*$", readme, re.M):
+        for token in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", line):
+            digits = len(token.split(".")[1])
+            assert any(f"{n:.{digits}f}" == token for n in known), f"no result is {token}: {line}"
