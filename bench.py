@@ -169,7 +169,7 @@ def main():
     p.add_argument("--data", type=Path, metavar="FILE", help="text for calibration and search (default: the embedded default text)")
     p.add_argument("--test", type=Path, nargs="+", metavar="FILE", help="unseen texts (default: held-out part of --data)")
     p.add_argument("--requests", type=int, default=64, metavar="N", help="how many are asked (64)")
-    p.add_argument("--budget", type=int, default=26, metavar="N", help="evaluations that EvoPress may spend on each request (26)")
+    p.add_argument("--budget", type=int, default=20, metavar="N", help="evaluations that EvoPress may spend on each request (20)")
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (1)")
     p.add_argument("--full", action="store_true", help="serve and measure every request with every method")
     p.add_argument("--constant", action="store_true", help="also UniCuCo with the plain constant mean")

@@ -355,7 +355,7 @@ def strategy_of(request, curve, net, predicted, measure, size):
 
 def main():
     p = Parser(__doc__, ["python prune.py --sparsity 0.5", "python prune.py --sparsity 0.3 0.5 0.7 --packed --model DIR --data c4.jsonl",
-                         "python prune.py --max-kl 0.1 --max-size 9MB", "python prune.py --requests wishes.jsonl --out served --json table.json",
+                         "python prune.py --max-kl 0.1 --max-size 9MB --preference 0.4", "python prune.py --requests wishes.jsonl --out served --json table.json",
                          "python prune.py --unpack served/phone --out plain"])
     add_model(p)
     for kind, help in KINDS.items():
