@@ -16,6 +16,7 @@ import math
 import platform
 import re
 import sysconfig
+import time
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,26 @@ def zero_shot_table(model, tokenizer, folder, limit=None, reference=None):
     return results
 
 
+def accelerate(model):                                  # pragma: no cover (needs CUDA)
+    """Put block Linears with a 2:4 pattern on torch's semi-structured kernels (NVIDIA, compute capability 8 and newer): how many."""
+    linears = [m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear) and m.in_features % 4 == 0]
+    fitting = [m for m in linears if int((m.weight.view(-1, 4) != 0).sum(1).max()) <= 2]
+    for m in fitting:
+        m.weight = torch.nn.Parameter(torch.sparse.to_sparse_semi_structured(m.weight), requires_grad=False)
+    return len(fitting)
+
+
+@torch.inference_mode()
+def seconds(model, windows, repeats=5):
+    """Median time of one forward pass through the blocks."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        model.hidden(windows)[0, 0, 0].item()               # .item() waits for the device
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[1:]))
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 def main():
     p = Parser(__doc__, ["python eval.py --bits", "python eval.py --model DIR --data wiki.test.raw --seqlen 2048",
@@ -312,6 +333,7 @@ def main():
     p.add_argument("--seqlen", type=int, metavar="N", help="window (default: the model's positions, at most 2048)")
     p.add_argument("--tokens", type=int, metavar="N", help="score only the first N tokens (default: all)")
     p.add_argument("--bits", action="store_true", help="also bits per byte over the whole text, beside xz -9e")
+    p.add_argument("--accelerate", action="store_true", help="2:4 blocks on torch's semi-structured kernels (CUDA), with the speed-up")
     p.add_argument("--tasks", type=Path, metavar="DIR", help="zero-shot: folder with " + ", ".join(TASKS.values()))
     p.add_argument("--limit", type=int, metavar="N", help="first N documents of each task (default: all)")
     a = p.parse_args()
@@ -328,6 +350,12 @@ def main():
         raise ValueError(f"--seqlen {seqlen}: this model has {model.config.max_position_embeddings} positions")
     tokens = tokenise(tokenizer, documents)[:a.tokens]
     windows = cut(tokens, seqlen)
+    if a.accelerate and device.type != "cuda":
+        print(f"no speed-up on {device}: torch's semi-structured kernels need an NVIDIA GPU; the dense kernels are used")
+    elif a.accelerate:                                      # pragma: no cover (needs CUDA)
+        batch = batches(windows)[0].to(device)
+        plain = seconds(model, batch)
+        print(f"{accelerate(model)} Linears on semi-structured kernels: {plain / seconds(model, batch):.2f} times as fast as dense")
     if a.dense:
         dense, _ = load_llama(a.dense, device, dtype)
         divergence = Divergence(dense, windows)
