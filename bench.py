@@ -4,11 +4,13 @@ The comparison that the paper claims: many requests, served by UniCuCo and by se
 Source    the comparison of UniCuCo (arXiv 2505.12216): 64 requests; methods as in baselines.py.
 Reading   after baselines.py.
 Laptop    python bench.py                          (3 minutes; ends with the speed at equal quality)
+          python bench.py --stages                 (1 minute; every stage against its floor, one ratio each)
 Full      python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3 --constant
 """
 import json
 import statistics
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,10 +18,11 @@ from tqdm import tqdm
 
 from baselines import evopress, gp_search, outlier_shares, owl_best, uniform
 from eval import Divergence, sha256
-from llama import Parser, add_model, choose_device, run, weight_files
-from prune import Pruner, setting, write_text
-from train import search
-from unicuco import strategy_for
+from gp import GaussianProcess
+from llama import Parser, add_model, choose_device, pack, run, unpack, weight_files
+from prune import LINEARS, Pruner, activation_norms, rank, setting, wanda, write_text
+from train import one_thread, search
+from unicuco import first_design, strategy_for
 
 QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)                       # requests that a baseline is measured on, unless --full
 PERPLEXITIES = (0.5, 0.6, 0.7)
@@ -163,8 +166,125 @@ def show(rows, seeds, requests, served):
               f"{min(map(mean, theirs)):.3f}), so more than {theirs[-1]['seconds'] / ours['seconds']:.0f} times faster.")
 
 
+# --------------------------------------------------------------------------------------------------------------- stages
+def race(*functions, repeats=5):
+    """Median seconds of each function, run in turn after a warm-up, so that a drifting machine hits all alike."""
+    times = [[] for _ in functions]
+    for i in range(repeats + 1):
+        for f, t in zip(functions, times):
+            started = time.perf_counter()
+            f()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            t.append(time.perf_counter() - started)
+    return [statistics.median(t[1:]) for t in times]
+
+
+def sort_anew(dense, live, norms, names, k):
+    """What the Wanda paper describes for each request: score, sort and zero each matrix again."""
+    for W, out, name in zip(dense, live, names):
+        out.copy_(W)
+        lowest = wanda(W, norms[name]).sort(dim=-1, stable=True).indices[:, :int(k * W.shape[1])]
+        out.scatter_(1, lowest, 0)
+
+
+@torch.inference_mode()
+def stages(model, windows, search_windows):
+    """Rows (stage, what it is measured against, ratio, seconds, bar) of one run; 2 threads unless said."""
+    rows, threads = [], torch.get_num_threads()
+
+    def row(stage, against, ratio, seconds, bar):
+        rows.append({"stage": stage, "against": against, "ratio": ratio, "seconds": seconds, "bar": bar})
+        print(f"{stage:<44} {ratio:9.2f} {seconds:10.4f}   {against} ({bar})", flush=True)
+
+    norms, pruner = activation_norms(model, windows), Pruner(model, windows)
+    strategy, block = [0.5] * len(pruner.live), len(pruner.live) // 2
+    weights = sum(W.numel() for b in pruner.dense for W in b)
+    size = model.embed.weight.element_size()
+    print(f"memory: live block weights {weights * size / 1e6:.1f} MB, dense copy the same, ranks {weights * 2 / 1e6:.1f} MB\n")
+    print(f"{'stage':<44} {'ratio':>9} {'seconds':>10}   against (bar)")
+    for count in (1, threads) if threads > 1 else (1,):
+        torch.set_num_threads(count)
+        applied, copied = race(lambda: pruner.apply(strategy), pruner.restore)
+        row(f"apply a strategy, {count} thread{'s' * (count > 1)}", "plain copies of the same weights", applied / copied, applied, "at most 2.2 on one, 2.0 on two")
+    dense, live, names = pruner.dense[block], pruner.live[block], pruner.names[block]
+    scores = [wanda(W, norms[n]) for W, n in zip(dense, names)]
+    ranked, twice = race(lambda: [rank(s) for s in scores], lambda: [s.argsort(dim=-1, stable=True).argsort(dim=-1) for s in scores], repeats=3)
+    row("rank one block", "two argsorts / ours", twice / ranked, ranked, "at least 1.5")
+    anew, applied = race(lambda: sort_anew(dense, live, norms, names, 0.5), lambda: pruner.apply(strategy), repeats=3)
+    anew, scoring = anew * len(pruner.live), ranked * len(pruner.live)
+    row("64 masks from one ranking", "64 times score, sort, zero / ours", 64 * anew / (scoring + 64 * applied), scoring + 64 * applied, "at least 10")
+
+    divergence, linears = Divergence(model, search_windows), [b.get_submodule(n) for b in model.blocks for n in LINEARS]
+    inputs = {l.in_features: torch.randn(search_windows.numel(), l.in_features).to(l.weight) for l in [*linears, model.head]}
+    whole, products = race(divergence, lambda: [l(inputs[l.in_features]) for l in [*linears, model.head, model.head]])
+    row("one evaluation of f2", "its bare matrix products / ours", products / whole, whole, "at least 0.65 in float32, 0.55 in bfloat16")
+
+    torch.set_num_threads(1)
+    W, kept = dense[-1].half(), pruner.ranks[block][-1] >= dense[-1].shape[1] // 2
+    mask, values = pack(W, kept)
+    decoded, = race(lambda: unpack(mask, values, W.shape[1]))
+    row("unpack one matrix, 1 thread", "MB of dense output a second", W.nbytes / 1e6 / decoded, decoded, "at least 500")
+    torch.set_num_threads(threads)
+    x = torch.randn(dense[-1].shape[1], 256)
+    for s in (0.5, 0.6, 0.7, 0.8, 0.9):
+        pruned = torch.where(pruner.ranks[block][-1] >= s * dense[-1].shape[1], dense[-1].float(), 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                 # torch calls its CSR support a beta
+            csr = pruned.to_sparse_csr()
+        sparse, plain = race(lambda: csr @ x, lambda: pruned @ x)
+        row(f"torch's CSR product at sparsity {s}, 256 tokens", "dense product / CSR, float32", plain / sparse, sparse, "above 1 is faster")
+    pruner.restore()
+    gp_stages(row)
+    return rows
+
+
+def gp_stages(row):
+    """The GP against BoTorch's SingleTaskGP: constant mean, RBF or Matern with a length scale each, standardised y, no priors."""
+    try:
+        import botorch
+        import gpytorch
+    except ImportError:
+        return print("GP against BoTorch: not measured, pip install botorch")
+    g = torch.Generator().manual_seed(0)
+    X = first_design(216, 30, g)
+    y = (X ** 1.2 * (5 * X).exp()).sum(1).log() + 0.1 * torch.randn(216, generator=g, dtype=torch.float64)
+    X, x, y = X[:200], X[200:], y[:200]
+    z = ((y - y.mean()) / y.std())[:, None]
+    with one_thread(), torch.inference_mode(False), torch.enable_grad():
+        kernel = lambda: gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel(2.5, ard_num_dims=30))
+        fitted = []
+
+        def fit_theirs():
+            model = botorch.models.SingleTaskGP(X, z, covar_module=kernel(), likelihood=gpytorch.likelihoods.GaussianLikelihood(), outcome_transform=None)
+            mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
+            botorch.fit.fit_gpytorch_mll(mll)
+            fitted[:] = [model, mll]
+
+        gp = GaussianProcess("constant")
+        ours, others = race(lambda: gp.fit(X, y, use_priors=False), fit_theirs, repeats=1)
+        model, mll = fitted
+        model.train()
+        likelihood = float(mll(model(X), z[:, 0]).detach()) * len(y)
+        row("fit 200 strategies in 30 dimensions, 1 thread", f"BoTorch / ours; log likelihood {likelihood:.2f} / {gp.log_marginal_likelihood(gp.theta)[0]:.2f}",
+            others / ours, ours, "at least 5")
+        model.eval()
+
+        def ask(posterior):
+            q = x.clone().requires_grad_()
+            mean, std = posterior(q)
+            (mean.sum() + std.sum()).backward()
+
+        def botorch_posterior(q):
+            p = model.posterior(q)
+            return p.mean[:, 0], p.variance[:, 0].sqrt()
+
+        ours, others = race(lambda: ask(gp.posterior), lambda: ask(botorch_posterior), repeats=50)
+    row("posterior of 16 strategies with gradients", "BoTorch / ours", others / ours, ours, "at least 4")
+
+
 def main():
-    p = Parser(__doc__, ["python bench.py", "python bench.py --full", "python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3"])
+    p = Parser(__doc__, ["python bench.py", "python bench.py --full", "python bench.py --stages", "python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3"])
     add_model(p)
     p.add_argument("--data", type=Path, metavar="FILE", help="text for calibration and search (default: the embedded default text)")
     p.add_argument("--test", type=Path, nargs="+", metavar="FILE", help="unseen texts (default: held-out part of --data)")
@@ -172,6 +292,7 @@ def main():
     p.add_argument("--budget", type=int, default=20, metavar="N", help="evaluations that EvoPress may spend on each request (20)")
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (1)")
     p.add_argument("--full", action="store_true", help="serve and measure every request with every method")
+    p.add_argument("--stages", action="store_true", help="time every stage against its floor instead")
     p.add_argument("--constant", action="store_true", help="also UniCuCo with the plain constant mean")
     p.add_argument("--magnitude", action="store_true", help="also magnitude pruning instead of Wanda")
     p.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of one evaluation of f2 (2048)")
@@ -190,6 +311,11 @@ def main():
               "sha256": sha256(a.data) if a.data else None, "tests": {t.name: sha256(t) for t in a.test or []}, "budget": a.budget,
               "tokens": a.tokens, "calibration": a.calibration, "device": str(device), "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
     print(f"{name} on {device}, {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads")
+    if a.stages:
+        model, _, windows, search_windows, _ = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, 0)
+        rows = stages(model, windows, search_windows)
+        write_text(out / "stages.json", json.dumps({"inputs": inputs, "rows": rows}, indent=1) + "\n")
+        return print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'stages.json'}")
     seeds = []
     for seed in range(a.seeds):
         seeds.append(one_seed(a, seed, device, dtype, served))

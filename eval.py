@@ -30,8 +30,8 @@ CHUNK = 2**23         # logits that exist at once: 32 MB in float32, where head 
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
-def stdlib_text(held_out):
-    """Python's standard library, its own .py files without tests, as one string in path order: the embedded default text.
+def stdlib_files(held_out):
+    """Python's standard library, its own .py files without tests, in path order: the documents of the embedded default text.
 
     A tenth of the files, chosen by the hash of their path, is held out: `held_out=True` gives that tenth, False the rest.
     """
@@ -40,7 +40,7 @@ def stdlib_text(held_out):
     paths = (p.relative_to(root) for p in root.rglob("*.py"))
     names = sorted(p.as_posix() for p in paths if not skipped & set(p.parts[:-1]))
     chosen = [n for n in names if (int(hashlib.sha256(n.encode()).hexdigest(), 16) % 10 == 0) == held_out]
-    return "".join((root / n).read_bytes().decode("utf-8") for n in chosen)
+    return [(root / n).read_bytes().decode("utf-8") for n in chosen]
 
 
 def wikitext(raw):
@@ -50,14 +50,12 @@ def wikitext(raw):
 
 
 def read_documents(path):
-    """The documents of a text file: .jsonl gives each row's "text" (C4), .raw the WikiText string, anything else one text."""
+    """The documents of a text file: .jsonl gives each row's "text" and a blank line (C4), .raw the WikiText string, else one text."""
     path = Path(path)
     try:
         raw = path.read_bytes().decode("utf-8")
         if path.suffix == ".jsonl":
-            documents = [row["text"] for row in map(json.loads, raw.splitlines())]
-            if not all(isinstance(d, str) for d in documents):
-                raise TypeError("a row's text is no string")
+            documents = [row["text"] + "\n\n" for row in map(json.loads, raw.splitlines())]
         else:
             documents = [wikitext(raw) if path.suffix == ".raw" else raw]
     except OSError as error:
@@ -70,9 +68,9 @@ def read_documents(path):
 
 
 def tokenise(tokenizer, documents):
-    """Documents joined by blank lines -> (N,) long, tokenised once, the begin token in front where the tokenizer adds it."""
-    start = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    return torch.tensor(start + tokenizer.encode("\n\n".join(documents)))
+    """Documents, each tokenised once, one after the other -> (N,) long, the begin token in front where the tokenizer adds it."""
+    ids = [[tokenizer.bos_id] * tokenizer.adds_bos, *tokenizer.encode_batch(documents)]
+    return torch.from_numpy(np.concatenate([np.array(i, dtype=np.int64) for i in ids]))
 
 
 def cut(tokens, seqlen):
@@ -88,7 +86,7 @@ def load_texts(tokenizer, data, tests, seqlen):
     data      file for calibration and search, None = the embedded default; without `tests`, its last fifth is kept for testing
     """
     if data is None:
-        documents, held_out = [stdlib_text(False)], {"stdlib held-out files": [stdlib_text(True)]}
+        documents, held_out = stdlib_files(False), {"stdlib held-out files": stdlib_files(True)}
     else:
         documents, held_out = read_documents(data), {}
         if not tests and len(documents) >= 5:
@@ -341,7 +339,7 @@ def main():
         if getattr(a, name) is not None and getattr(a, name) < 2:
             raise ValueError(f"--{name} must be at least 2")
     device, dtype, reason = choose_device(a.device, a.dtype)
-    documents = [stdlib_text(True)] if a.data is None else read_documents(a.data)
+    documents = stdlib_files(True) if a.data is None else read_documents(a.data)
     rows = {task: read_rows(a.tasks, task, 1) for task in TASKS} if a.tasks else {}
     model, tokenizer = load_llama(a.model, device, dtype)
     dense, dense_results = None, None
@@ -369,9 +367,9 @@ def main():
         print(f"model {a.model.name}:")
         zero_shot_table(model, tokenizer, a.tasks, a.limit, dense_results)
     if a.bits:
-        raw = "\n\n".join(documents).encode()
+        raw = "".join(documents).encode()
         xz = len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) * 8 / len(raw)
-        bits = bits_per_byte(model, torch.tensor(tokenizer.encode("\n\n".join(documents))), len(raw), tokenizer.bos_id or 0, seqlen)
+        bits = bits_per_byte(model, tokenise(tokenizer, documents)[int(tokenizer.adds_bos):], len(raw), tokenizer.bos_id or 0, seqlen)
         print(f"bits per byte {bits:.4f} over {len(raw)} bytes, every token counted (xz -9e: {xz:.4f})")
     source = a.data.name if a.data else f"held-out standard library of Python {platform.python_version()}"
     print(f"perplexity {perplexity(model, tokens, seqlen):.4f}  {a.model.resolve().name} on {source}: {len(windows)} windows of {seqlen}, "

@@ -141,26 +141,30 @@ class GaussianProcess:
             return -value, -gradient
 
         self.theta = minimise(loss, centre)
-        K, _ = self.covariance(self.theta)
-        self.chol = self.factor(K)
-        self.alpha = torch.cholesky_solve(self.residual[:, None], self.chol)[:, 0]
+        # what every later question needs: 1 / l_i; [X / l, 1]; the factor of K / s^2; scale s; and scale s^2 alpha
+        self.rates, signal = (-self.theta[:-2]).exp(), float(self.theta[-2].exp())
+        chol = self.factor(self.covariance(self.theta)[0])
+        self.scaled, self.root = torch.cat([X * self.rates, torch.ones(len(X), 1, dtype=X.dtype)], 1), chol / signal ** 0.5
+        self.scaled_squares, self.deviation = (self.scaled[:, :-1] ** 2).sum(1), self.mean.scale * signal ** 0.5
+        self.weights = self.mean.scale * signal * torch.cholesky_solve(self.residual[:, None], chol)[:, 0]
         return self
 
-    def correlation(self, a, b, lengths):
-        """phi and psi, (n, m) each, between the rows of a (n, d) and b (m, d)."""
-        a, b = a / lengths, b / lengths
-        r2 = ((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T).clamp_(min=0)
+    def correlation(self, a, b, squares=None):
+        """phi and psi, (n, m) each, of the rows of a (n, d) and b (m, d), both over the length scales; `squares`: those of b, if known."""
+        squares = (b * b).sum(1) if squares is None else squares
+        r2 = torch.addmm(squares, a, b.T, alpha=-2).add_((a * a).sum(1, keepdim=True)).clamp_(min=0)
         if self.kernel == "rbf":
-            phi = (-r2 / 2).exp()
+            phi = r2.mul_(-0.5).exp_()
             return phi, phi
-        root = (5 * r2).sqrt()
-        decay = (-root).exp()
-        return (1 + root + r2 * (5 / 3)) * decay, (1 + root) * decay * (5 / 3)
+        root = r2.mul_(5).sqrt()
+        decay = root.neg().exp_()
+        psi = root.add_(1).mul_(decay)                      # (1 + sqrt5 r) exp(-sqrt5 r)
+        return torch.addcmul(psi, r2, decay, value=1 / 3), psi.mul(5 / 3)
 
     def covariance(self, theta):
         """K = s^2 phi + noise I, and s^2 psi, (n, n) each."""
-        signal, noise = theta[-2].exp(), theta[-1].exp()
-        phi, psi = self.correlation(self.X, self.X, theta[:-2].exp())
+        signal, noise, scaled = theta[-2].exp(), theta[-1].exp(), self.X / theta[:-2].exp()
+        phi, psi = self.correlation(scaled, scaled)
         phi.fill_diagonal_(1.0)                             # exactly, whatever the rounding of r^2
         K = signal * phi
         K.diagonal().add_(noise)
@@ -217,25 +221,20 @@ class GaussianProcess:
 
             mean = mean(x) + k^T alpha        d mean / d x_i = d mean(x) / d x_i + sum_a alpha_a d k_a / d x_i
             var  = s^2 - k^T u                d std / d x_i  = -1 / std sum_a u_a d k_a / d x_i
-            sum_a v_a d k_a / d x_i = (sum_a q_a X_ai - x_i sum_a q_a) / l_i^2,     q_a = v_a s^2 psi_a
+            sum_a v_a d k_a / d x_i = s^2 (sum_a q_a X_ai - x_i sum_a q_a) / l_i^2,     q_a = v_a psi_a
+        Both sums over a come from one product, (q [X, 1]); s^2 is pulled out of K, k and var.
         """
         x = x.detach().to(torch.float64)
-        lengths, signal, scale = self.theta[:-2].exp(), float(self.theta[-2].exp()), self.mean.scale
-        phi, psi = self.correlation(x, self.X, lengths)
-        k = signal * phi
-        half = torch.linalg.solve_triangular(self.chol, k.T, upper=False)
-        u = torch.linalg.solve_triangular(self.chol.T, half, upper=True).T
-        variance = signal - (half * half).sum(0)
-        floor = VARIANCE_FLOOR * signal
-        std = variance.clamp(min=floor).sqrt()
-
-        def slope(v):
-            q = v * psi * signal
-            return (q @ self.X - x * q.sum(1, keepdim=True)) / lengths ** 2
-
-        free = (variance > floor).double()
-        return (self.mean(x) + scale * (k @ self.alpha), scale * std, self.mean.gradient(x) + scale * slope(self.alpha),
-                slope(u) * (-scale * free / std)[:, None])
+        m, scaled = len(x), x * self.rates
+        phi, psi = self.correlation(scaled, self.scaled[:, :-1], self.scaled_squares)
+        half = torch.linalg.solve_triangular(self.root, phi.T, upper=False)
+        u = torch.linalg.solve_triangular(self.root.T, half, upper=True).T
+        left = 1 - (half * half).sum(0)                     # the share of the prior variance that the data leave
+        std = left.clamp(min=VARIANCE_FLOOR).sqrt_().mul_(self.deviation)
+        q = torch.cat([self.weights * psi, u * psi]) @ self.scaled
+        slopes = (q[:, :-1].view(2, m, -1) - scaled * q[:, -1:].view(2, m, 1)) * self.rates
+        down = torch.where(left > VARIANCE_FLOOR, -self.deviation ** 2 / std, 0)
+        return self.mean(x) + phi @ self.weights, std, self.mean.gradient(x) + slopes[0], slopes[1] * down[:, None]
 
 
 class Posterior(torch.autograd.Function):

@@ -168,8 +168,7 @@ class Llama(nn.Module):
         c, like = self.config, self.embed.weight
         frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim)
         if c.rope_scaling and "low" in c.rope_scaling:                 # llama3: stretch long waves, keep short ones, blend between
-            s = c.rope_scaling
-            waves = s["original"] * frequency / (2 * math.pi)          # turns within the original context
+            s, waves = c.rope_scaling, c.rope_scaling["original"] * frequency / (2 * math.pi)      # turns in the original context
             blend = ((waves - s["low"]) / (s["high"] - s["low"])).clamp(0, 1)
             frequency = (1 - blend) * frequency / s["factor"] + blend * frequency
         elif c.rope_scaling:
@@ -202,12 +201,13 @@ class Tokenizer:
             if (folder / "tokenizer.model").exists():
                 import sentencepiece
                 sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-                self.encode, self.decode, size, adds_bos = sp.encode, sp.decode, sp.get_piece_size(), True
-                self.bos_id, self.eos_id = sp.bos_id(), sp.eos_id()
+                self.encode = self.encode_batch = sp.encode            # a list of texts goes over all cores
+                self.decode, size, adds_bos, self.bos_id, self.eos_id = sp.decode, sp.get_piece_size(), True, sp.bos_id(), sp.eos_id()
             else:
                 import tokenizers
                 fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-                self.encode = lambda text: fast.encode(text, add_special_tokens=False).ids
+                self.encode_batch = lambda texts: [e.ids for e in fast.encode_batch(texts, add_special_tokens=False)]
+                self.encode = lambda text: self.encode_batch([text])[0]
                 self.decode = lambda ids: fast.decode(ids, skip_special_tokens=False)
                 self.bos_id, self.eos_id = config.get("bos_token_id"), config.get("eos_token_id")
                 size, adds_bos = fast.get_vocab_size(with_added_tokens=True), fast.encode("a").ids[:1] == [self.bos_id]
@@ -217,7 +217,7 @@ class Tokenizer:
             raise ValueError(f"{folder} has no tokenizer.model or tokenizer.json that can be read: {first_line(error)}") from None
         if size > vocab_size:
             raise ValueError(f"the tokenizer of {folder} has {size} tokens, its model only {vocab_size}: they do not belong together")
-        self.eos_id = self.eos_id[0] if isinstance(self.eos_id, list) else self.eos_id
+        self.eos_id = (self.eos_id if isinstance(self.eos_id, list) else [self.eos_id])[0]
         self.adds_bos = bool(settings.get("add_bos_token", adds_bos)) and self.bos_id is not None and self.bos_id >= 0
 
 
@@ -490,7 +490,7 @@ def main():
             print(f"{left:<{width}} | {right}".rstrip())
         return
     model, tokenizer = load_llama(a.model, device, dtype)
-    print(a.prompt, end="", flush=True)
+    print(a.prompt, end="")
     for piece in stream(model, tokenizer, a.prompt, a.tokens, a.temperature, a.seed):
         print(piece, end="", flush=True)
     print()

@@ -89,14 +89,10 @@ def write_pruned(W, ranks, k, out):
     if W.is_cuda:
         return torch.where(ranks >= k, W, torch.zeros((), dtype=W.dtype, device=W.device), out=out)
     bits = {2: torch.int16, 4: torch.int32}[W.element_size()]
-    step = max(1, 2**18 // W.shape[1])                      # rows whose bits stay in the cache between the three passes
-    keep = torch.empty(min(step, len(W)), W.shape[1], dtype=ranks.dtype)
-    shift = 8 * ranks.element_size() - 1
+    step = max(1, CHUNK // W.shape[1])                      # rows whose bits are still in the cache for the second pass
     for w, r, o in zip(W.view(bits).split(step), ranks.split(step), out.view(bits).split(step)):
-        m = keep[:len(w)]
-        torch.sub(k - 1, r, out=m)                          # negative where the weight stays
-        m.bitwise_right_shift_(shift)                       # all ones there, all zeros elsewhere
-        torch.bitwise_and(m, w, out=o)
+        torch.ge(r, k, out=o)                               # 1 where the weight stays, 0 elsewhere, as whole numbers:
+        o.mul_(w)                                           # times its bits, so a kept -0.0, inf or NaN is itself and the rest +0.0
     return out
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from eval import Divergence, sha256, stdlib_text
+from eval import Divergence, sha256, stdlib_files
 from gp import GaussianProcess
 from llama import Parser, add_model, choose_device, read_json, run, weight_files
 from prune import METRICS, Pruner, setting, write_text
@@ -154,7 +154,7 @@ def show(rows):
 def fingerprint(a):
     """What a run depends on: resuming with anything else is refused."""
     weights = [sha256(path) for path in weight_files(a.model)]
-    text = sha256(a.data) if a.data else hashlib.sha256(stdlib_text(False).encode()).hexdigest()
+    text = sha256(a.data) if a.data else hashlib.sha256("".join(stdlib_files(False)).encode()).hexdigest()
     return {"model": a.model.resolve().name, "weights": weights, "data": a.data.name if a.data else f"stdlib {platform.python_version()}",
             "sha256": text, "seed": a.seed, "initial": a.initial, "rounds": a.rounds, "batch": a.batch, "mean": a.mean,
             "metric": a.metric, "tokens": a.tokens, "calibration": a.calibration, "seqlen": a.seqlen, "dtype": a.dtype}

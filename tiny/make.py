@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from eval import bits_per_byte, stdlib_text
+from eval import bits_per_byte, stdlib_files
 from llama import Config, Llama, load_llama, run
 from prune import write_text
 
@@ -113,7 +113,7 @@ def main():
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    train, held_out = stdlib_text(False), stdlib_text(True)
+    train, held_out = "".join(stdlib_files(False)), "".join(stdlib_files(True))
     if not (a.out / "tokenizer.model").exists():
         train_tokenizer(train, a.out / "tokenizer.model")
     sp = sentencepiece.SentencePieceProcessor(model_file=str(a.out / "tokenizer.model"))
