@@ -25,6 +25,7 @@ from tqdm import tqdm
 from eval import Divergence, batches, draw, load_texts, sha256
 from gp import GaussianProcess
 from llama import Parser, add_model, choose_device, load_llama, run, save_llama
+from offload import offload_blocks
 from unicuco import load_stratnet, strategy_for
 from wishes import KINDS, Unreachable, packed_bytes, parse_request, read_requests, strategy_of
 
@@ -118,15 +119,20 @@ def measured_block(block, h, rotary, squares):
 
 
 @torch.inference_mode()
-def activation_norms(model, windows):
-    """||X_j||_2 of every input of every Linear over all tokens of windows (n, T): {parameter name: (d_in,) float32}."""
+def activation_norms(model, windows, between=lambda i, norms: False):
+    """||X_j||_2 of every input of every Linear over all tokens of windows (n, T): {parameter name: (d_in,) float32}.
+
+    between(i, norms of block i)   called before the outputs of block i are final; True when it changed the block's weights
+    """
     windows = windows.to(model.embed.weight.device)
     rotary, norms = model.rotary(windows.shape[1]), {}
     states = [model.embed(w) for w in batches(windows)]
     for i, block in enumerate(tqdm(model.blocks, desc="calibration", disable=None, leave=False)):
         squares = {}
-        states = [measured_block(block, h, rotary, squares) for h in states]
-        norms.update({f"model.layers.{i}.{name}.weight": squares[name].sqrt() for name in LINEARS})
+        after = [measured_block(block, h, rotary, squares) for h in states]
+        here = {f"model.layers.{i}.{name}.weight": squares[name].sqrt() for name in LINEARS}
+        states = [block(h, rotary) for h in states] if between(i, here) else after
+        norms.update(here)
     return norms
 
 
@@ -141,13 +147,16 @@ class Pruner:
         if metric not in METRICS:
             raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
         self.model = model
-        norms = activation_norms(model, windows)
-        self.live = [[block.get_submodule(name).weight for name in LINEARS] for block in model.blocks]
+        self.score, norms = METRICS[metric], activation_norms(model, windows)
+        self.live = [[model.blocks[i].get_submodule(name).weight for name in LINEARS] for i in range(len(model.blocks))]
         self.names = [[f"model.layers.{i}.{name}.weight" for name in LINEARS] for i in range(len(self.live))]
         self.dense = [[W.clone() for W in block] for block in self.live]
-        self.ranks = [[rank(METRICS[metric](W, norms[name])) for W, name in zip(*pair)] for pair in zip(self.dense, self.names)]
+        self.ranks = [[self.rank(W, norms[name]) for W, name in zip(*pair)] for pair in zip(self.dense, self.names)]
         shapes = torch.tensor([W.shape for W in self.live[0]], dtype=torch.float64)
         self.d_out, self.d_in = shapes.T                                       # (7,) each, the same in every block
+
+    def rank(self, W, x_norm):
+        return rank(self.score(W.to(x_norm.device), x_norm)).to(W.device)
 
     def counts(self, strategy):
         """Weights of each row to drop: (d, 7) for a strategy (d,) or (d, 7); ValueError outside [0, 1)."""
@@ -167,6 +176,22 @@ class Pruner:
         for dense, ranks, live, counts in zip(self.dense, self.ranks, self.live, self.counts(strategy).int().tolist()):
             for W, r, out, k in zip(dense, ranks, live, counts):
                 write_pruned(W, r, k, out)
+
+    def apply_sequential(self, strategy, windows):
+        """`apply`, as the Wanda paper does it: each block is ranked anew on what the pruned blocks before it put out.
+
+        The ranks are then those of this one strategy.
+        """
+        counts = self.counts(strategy).int().tolist()
+        self.restore()
+
+        def between(i, norms):
+            for j, name in enumerate(self.names[i]):
+                self.ranks[i][j] = self.rank(self.dense[i][j], norms[name])
+                write_pruned(self.dense[i][j], self.ranks[i][j], counts[i][j], self.live[i][j])
+            return True
+
+        activation_norms(self.model, windows, between)
 
     @torch.inference_mode()
     def restore(self):
@@ -250,9 +275,11 @@ def find_stratnet(path, model_folder, blocks):
     raise ValueError(f"no StratNet at {' or '.join(map(str, places))}: python train.py --model {model_folder} makes one, --uniform goes without")
 
 
-def setting(model_folder, data, tests, device, dtype, seqlen, calibration, search, seed):
+def setting(model_folder, data, tests, device, dtype, seqlen, calibration, search, seed, offload=False):
     """What pruning and its measurement share: model, tokenizer, disjoint windows for calibration and search, test windows."""
-    model, tokenizer = load_llama(model_folder, device, dtype)
+    model, tokenizer = load_llama(model_folder, "cpu" if offload else device, dtype)
+    if offload:
+        offload_blocks(model, device)
     seqlen = seqlen or min(512, model.config.max_position_embeddings)
     if not 2 <= seqlen <= model.config.max_position_embeddings:
         raise ValueError(f"--seqlen {seqlen}: this model has 2 to {model.config.max_position_embeddings} positions")
@@ -265,8 +292,8 @@ def main():
                          "python prune.py --max-kl 0.1 --max-size 9MB --preference 0.4", "python prune.py --requests wishes.jsonl --out served --json table.json",
                          "python prune.py --unpack served/phone --out plain"])
     add_model(p)
-    for kind, help in KINDS.items():
-        p.add_argument("--" + kind.replace("_", "-"), nargs="+", default=[], metavar=kind[-4:].strip("_").upper(), help=help)
+    for kind, (unit, help) in KINDS.items():
+        p.add_argument("--" + kind.replace("_", "-"), nargs="+", default=[], metavar=unit, help=help)
     p.add_argument("--requests", type=Path, metavar="FILE", help='jsonl, one request a line: {"name": "phone", "max_size": "9MB"}')
     p.add_argument("--data", type=Path, metavar="FILE", help="calibration text (default: the embedded default text)")
     p.add_argument("--test", type=Path, nargs="+", metavar="FILE", help="text to measure on (default: held-out part of --data)")
@@ -278,6 +305,8 @@ def main():
     p.add_argument("--uniform", action="store_true", help="the same sparsity in every block, no StratNet")
     p.add_argument("--metric", choices=METRICS, default="wanda", help="pruning score (wanda)")
     p.add_argument("--pattern", choices=["2:4", "4:8"], help="semi-structured masks, up to sparsity 0.5")
+    p.add_argument("--sequential", action="store_true", help="one request: rank each block on the output of the pruned ones before it")
+    p.add_argument("--offload", action="store_true", help="keep the blocks in host memory, two at a time on the GPU")
     p.add_argument("--packed", action="store_true", help="write bit masks and survivors: smaller files, read by load_llama alone")
     p.add_argument("--unpack", type=Path, metavar="DIR", help="turn a packed folder into a plain one, at --out")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>-<request>; the parent folder for several requests")
@@ -297,12 +326,14 @@ def main():
     if not requests or len(set(names)) < len(names):
         raise ValueError("nothing is asked: give --sparsity or another request" if not requests else f"two requests are named {max(names, key=names.count)}")
     name, several = a.model.resolve().name, len(requests) > 1
+    if a.sequential and (several or a.pattern):
+        raise ValueError("--sequential serves one request, without --pattern")
     for r in requests:
         r["out"] = (a.out / r["name"] if several else a.out) if a.out else Path("out") / f"{name}-{r['name']}"
         if r["out"].exists() and not a.force and not a.dry_run:
             raise ValueError(f"{r['out']} exists already; --force replaces it")
     device, dtype, reason = choose_device(a.device, a.dtype)
-    model, tokenizer, windows, _, held_out = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, 1, a.seed)
+    model, tokenizer, windows, _, held_out = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, 1, a.seed, a.offload)
     net, _, X, y, about = (None,) * 5 if a.uniform else find_stratnet(a.stratnet, a.model, len(model.blocks))
     gp = GaussianProcess(about["mean"]).fit(X, y) if net and any(r["kind"] == "max_kl" for r in requests) else None
     text, test = next(iter(held_out.items()))
@@ -334,8 +365,10 @@ def main():
             unmet.append(f"{r['name']}: {error}")
             table.append({"request": r["name"], r["kind"]: r["text"], "unmet": str(error)})
             continue
+        pruner.apply_sequential(strategy, windows) if a.sequential else pruner.apply(strategy)
         masks = pruner.pattern_masks(strategy, *map(int, a.pattern.split(":"))) if a.pattern else pruner.masks(strategy)
-        pruner.apply_masks(masks) if a.pattern else pruner.apply(strategy)
+        if a.pattern:
+            pruner.apply_masks(masks)
         counted = pruner.counted(masks) if a.pattern else pruner.sparsity(strategy)
         kl, ppl = divergence.measure()
         row = {"request": r["name"], r["kind"]: r["text"], "sparsity": counted, "kl": kl, "ppl": ppl, "bytes": None,

@@ -11,8 +11,10 @@ Full      torchrun --nproc-per-node=8 train.py --model ~/Llama-2-7b-hf --data c4
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -92,8 +94,8 @@ class Measure:
     Under torchrun, rank r measures every world-th strategy of a batch; all ranks get all values, each keeps its own file.
     """
 
-    def __init__(self, f2, folder, resume, bar):
-        self.f2, self.bar, self.seconds = f2, bar, 0.0
+    def __init__(self, f2, folder, resume, bar, device="cpu"):
+        self.f2, self.bar, self.device, self.seconds = f2, bar, device, 0.0
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.path, self.known = folder / f"evaluations.{self.rank}.json", {}
         self.own = read_json(self.path)["evaluations"] if resume and self.path.exists() else []
@@ -114,7 +116,11 @@ class Measure:
                 values[i] = self.known[key]
                 self.bar.update(self.world if i + self.world < len(strategies) else len(strategies) - i)
         if self.world > 1:
-            dist.all_reduce(values)
+            values = values.to(self.device)                 # nccl adds on the GPU, gloo on the CPU
+            try:
+                dist.all_reduce(values)
+            except RuntimeError:
+                sys.exit("a process of this run died; finished evaluations are kept, the same command with --resume goes on")
         return values.tolist()
 
 
@@ -177,16 +183,22 @@ def main():
     p.add_argument("--test-tokens", type=int, default=16384, metavar="N", help="tokens of each test text (16384)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window (default: the model's positions, at most 512)")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
+    p.add_argument("--offload", action="store_true", help="keep the blocks in host memory, two at a time on the GPU")
     p.add_argument("--resume", action="store_true", help="go on where a run with the same settings was stopped")
     a = p.parse_args()
     for name in ("initial", "batch", "tokens", "calibration", "test_tokens"):
         if getattr(a, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    started = time.perf_counter()
+    started, local_rank = time.perf_counter(), int(os.environ.get("LOCAL_RANK", 0))
     device, dtype, reason = choose_device(a.device, a.dtype)
+    if "RANK" in os.environ:                                # started by torchrun
+        if device.type == "cuda":                           # pragma: no cover (needs CUDA)
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     a.dtype, out = str(dtype)[6:], a.out or Path("out") / a.model.resolve().name
     model, tokenizer, windows, search_windows, held_out = setting(
-        a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, a.seed)
+        a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, a.seed, a.offload)
     tests = {name: w[:max(1, a.test_tokens // w.shape[1])] for name, w in held_out.items()}
     settings, settings_path = fingerprint(a), out / "settings.json"
     if a.resume and settings_path.exists():
@@ -194,9 +206,14 @@ def main():
         changed = [key for key in settings if earlier.get(key) != settings[key]]
         if changed:
             raise ValueError(f"{out} holds a run with another {changed[0]}: {earlier.get(changed[0])!r}, now {settings[changed[0]]!r}")
-    write_text(settings_path, json.dumps(settings, indent=1) + "\n")
-    print(f"{a.model.resolve().name} on {device}, {a.dtype} ({reason}); Python {platform.python_version()}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads; calibration {windows.numel()} tokens, f2 {search_windows.numel()} tokens")
+    if local_rank == 0:
+        for path in () if a.resume and settings_path.exists() else out.glob("evaluations.*.json"):
+            path.unlink()                                   # of an earlier run
+        write_text(settings_path, json.dumps(settings, indent=1) + "\n")
+        print(f"{a.model.resolve().name} on {device}, {a.dtype} ({reason}); Python {platform.python_version()}, torch {torch.__version__}, "
+              f"{torch.get_num_threads()} threads; calibration {windows.numel()} tokens, f2 {search_windows.numel()} tokens")
+    if dist.is_initialized():
+        dist.barrier()                                      # nobody measures before an earlier run is cleared away
     divergence = Divergence(model, search_windows)
     pruner = Pruner(model, windows, a.metric)
 
@@ -205,9 +222,13 @@ def main():
         return divergence()
 
     total = a.initial + a.rounds * a.batch
-    with tqdm(total=total, desc="evaluations of f2", disable=None) as bar:
-        measure = Measure(f2, out, a.resume, bar)
+    with tqdm(total=total, desc="evaluations of f2", disable=True if local_rank else None) as bar:
+        measure = Measure(f2, out, a.resume, bar, device)
         net, scale, gp, log = search(measure, len(model.blocks), a.initial, a.rounds, a.batch, a.mean, seed=a.seed, bar=bar)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if local_rank:
+        return                                              # one process of each machine measures the table and writes the files
     searched = time.perf_counter() - started
     write_text(out / "measured.json", "[\n" + ",\n".join(json.dumps(e) for e in log) + "\n]\n")
     save_stratnet(out / "stratnet.safetensors", net, scale, torch.tensor([e["strategy"] for e in log], dtype=torch.float64),

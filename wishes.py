@@ -14,8 +14,8 @@ import torch
 from llama import first_line, weight_files
 from unicuco import MAX
 
-KINDS = {"sparsity": "fraction of the block weights that goes", "preference": "weight of size, l1, against fidelity",
-         "max_kl": "most KL from the dense model, nats per token", "max_size": "most bytes of the packed weights, as 9MB"}
+KINDS = {"sparsity": ("S", f"fraction of the block weights that goes, 0 to {MAX}"), "preference": ("L1", "weight of size, l1, against fidelity"),
+         "max_kl": ("KL", "most KL from the dense model, measured, in nats per token"), "max_size": ("SIZE", "most bytes of the packed weights, as 9MB")}
 
 
 def parse_request(raw, name=None):
