@@ -171,15 +171,12 @@ class GaussianProcess:
         return K, signal * psi
 
     def factor(self, K):
-        """Lower Cholesky factor of K; when K is not positive definite in float64, with the least jitter 10^k JITTER that helps."""
-        chol, failed = torch.linalg.cholesky_ex(K)
-        jitter = JITTER * float(K.diagonal().mean())
-        while failed and jitter < 1e-2 * float(K.diagonal().mean()):
-            chol, failed = torch.linalg.cholesky_ex(K + jitter * torch.eye(len(K), dtype=K.dtype))
-            jitter *= 10
-        if failed:
-            raise ValueError("the covariance of the measured strategies is not positive definite, even with jitter")
-        return chol
+        """Lower Cholesky factor of K, with the least jitter 10^k JITTER that makes it positive definite in float64; None if none does."""
+        size = float(K.diagonal().mean())
+        for jitter in (0.0, *(JITTER * 10 ** k * size for k in range(8))):
+            chol, failed = torch.linalg.cholesky_ex(K + jitter * torch.eye(len(K), dtype=K.dtype) if jitter else K)
+            if not failed and chol.isfinite().all():
+                return chol
 
     def log_marginal_likelihood(self, theta):
         """Value in nats and gradient (d + 2,) of log p(residual | theta), residual = (y - mean) / scale:
@@ -192,9 +189,9 @@ class GaussianProcess:
         """
         theta = torch.as_tensor(theta, dtype=torch.float64)
         K, slope = self.covariance(theta)
-        if not K.isfinite().all():
-            return -math.inf, torch.zeros_like(theta)
         chol = self.factor(K)
+        if chol is None:                                    # float64 cannot tell: no such hyperparameters
+            return -math.inf, torch.zeros_like(theta)
         alpha = torch.cholesky_solve(self.residual[:, None], chol)
         value = -0.5 * (self.residual @ alpha[:, 0]) - chol.diagonal().log().sum() - len(self.y) / 2 * math.log(2 * math.pi)
         G = alpha @ alpha.T - torch.cholesky_inverse(chol)  # the trace needs every entry of K^-1

@@ -439,7 +439,7 @@ def choose_device(device="auto", dtype="auto"):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {first_line(error)}") from None
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {"avx512_bf16": True}
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {"avx512_bf16": True}
     fast = able.get("avx512_bf16") or able.get("amx_bf16")
     if device.type == "cpu" and dtype == "auto":
         reason += f", bfloat16 units {'found' if fast else 'not found'}"
@@ -479,7 +479,6 @@ def main():
     if a.tokens < 1 or not a.temperature >= 0:
         raise ValueError("--tokens must be at least 1 and --temperature at least 0")
     device, dtype, reason = choose_device(a.device, a.dtype)
-    print(f"{device}, {str(dtype)[6:]} ({reason})", file=sys.stderr)
     if a.compare:
         width = max(shutil.get_terminal_size().columns // 2 - 2, 20)
         columns = []
@@ -490,6 +489,7 @@ def main():
             print(f"{left:<{width}} | {right}".rstrip())
         return
     model, tokenizer = load_llama(a.model, device, dtype)
+    print(f"{device}, {str(dtype)[6:]} ({reason})", file=sys.stderr)
     print(a.prompt, end="")
     for piece in stream(model, tokenizer, a.prompt, a.tokens, a.temperature, a.seed):
         print(piece, end="", flush=True)

@@ -448,7 +448,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(small, 
              (*base, "--sparsity", 0.5, "--data", text, "--stratnet", ROOT / "tiny" / "stratnet.safetensors", *out),
              (*base, "--sparsity", 0.5, "--uniform", "--out", tmp_path / "existing"),
              ("train.py", "--model", small, "--initial", 0, *out), ("train.py", "--model", small, "--data", tmp_path / "nowhere.txt", *out),
-             ("eval.py", "--model", small, "--seqlen", 4000), ("llama.py", "--model", small, "--tokens", 0)]
+             ("eval.py", "--model", small, "--seqlen", 4000), ("llama.py", "--model", small, "--tokens", 0), ("llama.py", "--model", tmp_path / "broken"), ("plot.py", "--run", tmp_path)]
     for case in cases:
         done = script(*case)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, (case, done.stderr)
