@@ -6,7 +6,7 @@ Reading   2 of 6. Before: llama.py. Next: gp.py.
 Shapes    N tokens of a text, n windows of T tokens, D model width, V vocabulary.
 Not here  few-shot prompts, generation tasks.
 
-Laptop    python eval.py                               (10 s; ends with one line: perplexity and its protocol)
+Laptop    python eval.py                               (40 s; ends with one line: perplexity and its protocol)
 Full      python eval.py --model DIR --data wiki.test.raw --seqlen 2048 --tasks zeroshot/ --dense DENSE_DIR
 """
 import hashlib
@@ -136,7 +136,7 @@ def perplexity(model, tokens, seqlen=None):
     """exp of the mean negative log-likelihood of tokens (N,), in windows of `seqlen` whose first token is context only."""
     seqlen = seqlen or min(2048, model.config.max_position_embeddings)
     total, count = 0.0, 0
-    for w in batches(cut(tokens, seqlen)):
+    for w in tqdm(batches(cut(tokens, seqlen)), desc="perplexity", disable=None, leave=False):
         w = w.to(model.embed.weight.device)
         losses = nll(model, model.hidden(w)[:, :-1].flatten(0, 1), w[:, 1:].flatten())
         total, count = total + losses.sum(dtype=torch.float64), count + losses.numel()

@@ -146,7 +146,6 @@ class Block(nn.Module):
 
 class Llama(nn.Module):
     """Decoder-only transformer: tokens (B, T) long -> logits (B, T, V). Its parameters have Hugging Face's names."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -180,8 +179,7 @@ class Llama(nn.Module):
     def hidden(self, tokens, cache=None):
         """Final hidden states (B, T, D) of tokens (B, T): what the head reads. `cache` as made by `generate`."""
         start = cache[0][2] if cache else 0
-        rotary = self.rotary(tokens.shape[1], start)
-        h = self.embed(tokens)
+        rotary, h = self.rotary(tokens.shape[1], start), self.embed(tokens)
         for i, block in enumerate(self.blocks):
             h = block(h, rotary, cache[i] if cache else None)
         return self.norm(h)
@@ -239,9 +237,12 @@ def read_json(path):
 
 def open_weights(path):
     try:
-        return safe_open(path, framework="pt")
+        f = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {first_line(error)}") from None
+    if (f.metadata() or {}).get("unicuco_packed", "1") != "1":
+        raise ValueError(f"{path} is packed in a version that this code does not read")
+    return f
 
 
 def dense_name(name):
@@ -415,7 +416,6 @@ def stream(model, tokenizer, prompt, count, temperature=0.0, seed=0):
 # ------------------------------------------------------------------------------------------------------------ command line
 class Parser(argparse.ArgumentParser):
     """argparse with examples first, defaults shown, and one line on stderr for a bad argument."""
-
     def __init__(self, doc, examples):
         super().__init__(description="\n  ".join(["examples:", *examples]) + "\n\n" + doc.strip().splitlines()[0], usage="%(prog)s [options]",
                          formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118))

@@ -77,7 +77,7 @@ def bars(axes, bench):
     for r in rows:
         axes.annotate(f" {r['seconds']:,.0f} s" + (" (extrapolated)" if r["extrapolated"] else ""), (r["seconds"], r["method"]), va="center", fontsize=8)
     axes.set(xlabel="seconds", title=f"Serving {bench['requests']} requests")
-    axes.set_xlim(right=max(r["seconds"] for r in rows) * 1.3)
+    axes.set_xlim(right=max(r["seconds"] for r in rows) * 1.45)
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8, loc="upper right")
 

@@ -151,7 +151,8 @@ class Pruner:
         self.live = [[model.blocks[i].get_submodule(name).weight for name in LINEARS] for i in range(len(model.blocks))]
         self.names = [[f"model.layers.{i}.{name}.weight" for name in LINEARS] for i in range(len(self.live))]
         self.dense = [[W.clone() for W in block] for block in self.live]
-        self.ranks = [[self.rank(W, norms[name]) for W, name in zip(*pair)] for pair in zip(self.dense, self.names)]
+        self.ranks = [[self.rank(W, norms[name]) for W, name in zip(*pair)]
+                      for pair in tqdm(list(zip(self.dense, self.names)), desc="ranking", disable=None, leave=False)]
         shapes = torch.tensor([W.shape for W in self.live[0]], dtype=torch.float64)
         self.d_out, self.d_in = shapes.T                                       # (7,) each, the same in every block
 
@@ -251,19 +252,22 @@ def write_text(path, text):
 def new_folder(path, force=False):
     """A folder that appears under its name only when it is complete: yields a hidden neighbour, renamed at the end."""
     path = Path(path)
-    if path.exists() and not force:
-        raise ValueError(f"{path} exists already; --force replaces it")
+    if path.exists() and not (force and path.is_dir()):
+        raise ValueError(f"{path} exists already; --force replaces a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    old = partial.with_name(partial.name + ".old")
     try:
         yield partial
         partial.chmod(0o755)
         if path.exists():
-            os.replace(path, partial.with_name(partial.name + ".old"))
+            os.replace(path, old)
         os.replace(partial, path)
     finally:
-        for leftover in (partial, partial.with_name(partial.name + ".old")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if old.exists() and not path.exists():              # the second rename failed: the old folder comes back
+            os.replace(old, path)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def find_stratnet(path, model_folder, blocks):
@@ -326,12 +330,12 @@ def main():
     if not requests or len(set(names)) < len(names):
         raise ValueError("nothing is asked: give --sparsity or another request" if not requests else f"two requests are named {max(names, key=names.count)}")
     name, several = a.model.resolve().name, len(requests) > 1
-    if a.sequential and (several or a.pattern):
-        raise ValueError("--sequential serves one request, without --pattern")
+    if a.sequential and (several or a.pattern) or (a.sequential or a.pattern) and any(r["kind"] == "max_kl" for r in requests):
+        raise ValueError("--sequential serves one request, without --pattern; neither goes with --max-kl, whose measurements they would change")
     for r in requests:
         r["out"] = (a.out / r["name"] if several else a.out) if a.out else Path("out") / f"{name}-{r['name']}"
-        if r["out"].exists() and not a.force and not a.dry_run:
-            raise ValueError(f"{r['out']} exists already; --force replaces it")
+        if r["out"].exists() and not (a.force and r["out"].is_dir()) and not a.dry_run:
+            raise ValueError(f"{r['out']} exists already; --force replaces a folder")
     device, dtype, reason = choose_device(a.device, a.dtype)
     model, tokenizer, windows, _, held_out = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, 1, a.seed, a.offload)
     net, _, X, y, about = (None,) * 5 if a.uniform else find_stratnet(a.stratnet, a.model, len(model.blocks))
@@ -397,4 +401,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ": every folder that is there is complete")

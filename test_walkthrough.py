@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from eval import Divergence, draw, load_texts
 from llama import load_llama, pack, save_llama, unpack
@@ -93,6 +94,20 @@ def test_packing_gives_back_every_bit_empty_rows_and_negative_zeros_included(sha
         assert torch.equal(back.view(bits), torch.where(kept, W.view(bits), 0))
     with pytest.raises(ValueError, match="values are there"):
         unpack(mask, torch.zeros(1 + len(values), dtype=dtype), shape[1])
+
+
+def test_a_packed_file_of_another_version_or_with_half_of_a_matrix_is_refused(tmp_path):
+    model, _ = load_llama(ROOT / "tiny")
+    masks = Pruner(model, torch.randint(3, 4096, (2, 64))).masks([0.5] * 12)
+    save_llama(model, tmp_path / "packed", ROOT / "tiny", masks, packed=True)
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors, name = load_file(file), "model.layers.3.mlp.up_proj.weight"
+    for flawed, metadata in ((tensors, {"unicuco_packed": "2"}), ({k: v for k, v in tensors.items() if k != name + ".kept"}, {}),
+                             ({k: v for k, v in tensors.items() if k != name + ".mask"}, {}), ({**tensors, name + ".kept": tensors[name + ".kept"][1:].clone()}, {}),
+                             ({**tensors, name: torch.zeros(512, 192)}, {})):
+        save_file(flawed, file, metadata)
+        with pytest.raises(ValueError, match="packed in a version|up_proj"):
+            load_llama(tmp_path / "packed")
 
 
 def test_a_packed_matrix_at_one_half_is_within_2_percent_of_the_floor(tmp_path):
