@@ -141,10 +141,12 @@ class GaussianProcess:
             return -value, -gradient
 
         self.theta = minimise(loss, centre)
-        # what every later question needs: 1 / l_i; [X / l, 1]; the factor of K / s^2; scale s; and scale s^2 alpha
+        # what every later question needs: 1 / l_i; [X / l, 1]; the inverse factor of K / s^2 (formed once, so that each of thousands
+        # of questions is products alone; noise keeps K well conditioned); scale s; and scale s^2 alpha
         self.rates, signal = (-self.theta[:-2]).exp(), float(self.theta[-2].exp())
         chol = self.factor(self.covariance(self.theta)[0])
-        self.scaled, self.root = torch.cat([X * self.rates, torch.ones(len(X), 1, dtype=X.dtype)], 1), chol / signal ** 0.5
+        self.scaled = torch.cat([X * self.rates, torch.ones(len(X), 1, dtype=X.dtype)], 1)
+        self.whitening = torch.linalg.solve_triangular(chol / signal ** 0.5, torch.eye(len(X), dtype=X.dtype), upper=False)
         self.scaled_squares, self.deviation = (self.scaled[:, :-1] ** 2).sum(1), self.mean.scale * signal ** 0.5
         self.weights = self.mean.scale * signal * torch.cholesky_solve(self.residual[:, None], chol)[:, 0]
         return self
@@ -224,9 +226,9 @@ class GaussianProcess:
         x = x.detach().to(torch.float64)
         m, scaled = len(x), x * self.rates
         phi, psi = self.correlation(scaled, self.scaled[:, :-1], self.scaled_squares)
-        half = torch.linalg.solve_triangular(self.root, phi.T, upper=False)
-        u = torch.linalg.solve_triangular(self.root.T, half, upper=True).T
-        left = 1 - (half * half).sum(0)                     # the share of the prior variance that the data leave
+        half = phi @ self.whitening.T
+        u = half @ self.whitening
+        left = 1 - (half * half).sum(1)                     # the share of the prior variance that the data leave
         std = left.clamp(min=VARIANCE_FLOOR).sqrt_().mul_(self.deviation)
         q = torch.cat([self.weights * psi, u * psi]) @ self.scaled
         slopes = (q[:, :-1].view(2, m, -1) - scaled * q[:, -1:].view(2, m, 1)) * self.rates

@@ -139,14 +139,15 @@ def activation_norms(model, windows, between=lambda i, norms: False):
 class Pruner:
     """Ranks of all block weights of `model`, by `metric`, on calibration windows (n, T); then any strategy is one pass.
 
-    Holds, beside the live weights: a dense copy of the block Linears, and one int16 rank for each of their weights.
+    Holds, beside the live weights: a dense copy of the block Linears, and one int16 rank for each of their weights. With
+    rank_bits=8, one byte: the rank's level of 256, so that sparsities fall to a multiple of 1/256; counts stay exact.
     """
 
     @torch.inference_mode()
-    def __init__(self, model, windows, metric="wanda"):
-        if metric not in METRICS:
-            raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
-        self.model = model
+    def __init__(self, model, windows, metric="wanda", rank_bits=16):
+        if metric not in METRICS or rank_bits not in (8, 16):
+            raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}, or {rank_bits} rank bits are not 8 or 16")
+        self.model, self.coarse = model, rank_bits == 8
         self.score, norms = METRICS[metric], activation_norms(model, windows)
         self.live = [[model.blocks[i].get_submodule(name).weight for name in LINEARS] for i in range(len(model.blocks))]
         self.names = [[f"model.layers.{i}.{name}.weight" for name in LINEARS] for i in range(len(self.live))]
@@ -157,15 +158,20 @@ class Pruner:
         self.d_out, self.d_in = shapes.T                                       # (7,) each, the same in every block
 
     def rank(self, W, x_norm):
-        return rank(self.score(W.to(x_norm.device), x_norm)).to(W.device)
+        ranks = rank(self.score(W.to(x_norm.device), x_norm)).to(W.device)
+        return ranks.int().mul_(256).div_(W.shape[1], rounding_mode="floor").to(torch.uint8) if self.coarse else ranks
 
-    def counts(self, strategy):
-        """Weights of each row to drop: (d, 7) for a strategy (d,) or (d, 7); ValueError outside [0, 1)."""
+    def cuts(self, strategy):
+        """The rank from which a weight stays: (d, 7) for a strategy (d,) or (d, 7); ValueError outside [0, 1)."""
         x = torch.as_tensor(strategy, dtype=torch.float64)
         x = x[:, None].expand(-1, len(LINEARS)) if x.ndim == 1 else x
         if x.shape != (len(self.live), len(LINEARS)) or not ((x >= 0) & (x < 1)).all():
             raise ValueError(f"a strategy has a sparsity in [0, 1) for each of {len(self.live)} blocks, not {tuple(x.shape)} values")
-        return (x * self.d_in + 1e-6).floor()
+        return (x * (256 if self.coarse else self.d_in) + 1e-6).floor()
+
+    def counts(self, strategy):
+        """Weights of each row that go, (d, 7): as many as have a rank below the cut."""
+        return (self.cuts(strategy) * self.d_in / 256).ceil() if self.coarse else self.cuts(strategy)
 
     def sparsity(self, strategy):
         """Counted sparsity: the fraction of all block weights that the strategy drops."""
@@ -174,8 +180,8 @@ class Pruner:
     @torch.inference_mode()
     def apply(self, strategy):
         """Make the model's live weights those of the strategy."""
-        for dense, ranks, live, counts in zip(self.dense, self.ranks, self.live, self.counts(strategy).int().tolist()):
-            for W, r, out, k in zip(dense, ranks, live, counts):
+        for dense, ranks, live, cuts in zip(self.dense, self.ranks, self.live, self.cuts(strategy).int().tolist()):
+            for W, r, out, k in zip(dense, ranks, live, cuts):
                 write_pruned(W, r, k, out)
 
     def apply_sequential(self, strategy, windows):
@@ -183,13 +189,13 @@ class Pruner:
 
         The ranks are then those of this one strategy.
         """
-        counts = self.counts(strategy).int().tolist()
+        cuts = self.cuts(strategy).int().tolist()
         self.restore()
 
         def between(i, norms):
             for j, name in enumerate(self.names[i]):
                 self.ranks[i][j] = self.rank(self.dense[i][j], norms[name])
-                write_pruned(self.dense[i][j], self.ranks[i][j], counts[i][j], self.live[i][j])
+                write_pruned(self.dense[i][j], self.ranks[i][j], cuts[i][j], self.live[i][j])
             return True
 
         activation_norms(self.model, windows, between)
@@ -203,19 +209,19 @@ class Pruner:
 
     def masks(self, strategy):
         """{parameter name: bool (d_out, d_in), True = kept}. By rank: a natural zero that is kept counts as kept."""
-        return {name: r >= k for names, ranks, counts in zip(self.names, self.ranks, self.counts(strategy).int().tolist())
-                for name, r, k in zip(names, ranks, counts)}
+        return {name: r >= k for names, ranks, cuts in zip(self.names, self.ranks, self.cuts(strategy).int().tolist())
+                for name, r, k in zip(names, ranks, cuts)}
 
     def pattern_masks(self, strategy, keep, group):
         """Semi-structured masks: `keep` of every `group` neighbours in a row survive, by the same scores, in whole blocks.
 
         ceil(2 d s) blocks get the pattern, s the counted sparsity: those where the strategy prunes most; the others stay dense.
-        raises ValueError above half of the weights, and where d_in is no multiple of the group.
+        raises ValueError above half of the weights, where d_in is no multiple of the group, and with 8-bit ranks.
         """
         x = torch.as_tensor(strategy, dtype=torch.float64)
         chosen = math.ceil(2 * len(x) * self.sparsity(x) - 1e-9)
-        if chosen > len(x) or (self.d_in % group).any():
-            raise ValueError(f"the pattern {keep}:{group} prunes half of a block at most, and needs rows of a multiple of {group} weights")
+        if self.coarse or chosen > len(x) or (self.d_in % group).any():
+            raise ValueError(f"the pattern {keep}:{group} prunes half of a block at most, needs 16-bit ranks and rows of a multiple of {group} weights")
         masks = {}
         for i in x.argsort(descending=True, stable=True)[:chosen].tolist():
             for name, r in zip(self.names[i], self.ranks[i]):
@@ -311,6 +317,7 @@ def main():
     p.add_argument("--pattern", choices=["2:4", "4:8"], help="semi-structured masks, up to sparsity 0.5")
     p.add_argument("--sequential", action="store_true", help="one request: rank each block on the output of the pruned ones before it")
     p.add_argument("--offload", action="store_true", help="keep the blocks in host memory, two at a time on the GPU")
+    p.add_argument("--rank-bits", type=int, choices=[8, 16], default=16, help="8: half the memory of ranks, sparsities in steps of 1/256 (16)")
     p.add_argument("--packed", action="store_true", help="write bit masks and survivors: smaller files, read by load_llama alone")
     p.add_argument("--unpack", type=Path, metavar="DIR", help="turn a packed folder into a plain one, at --out")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>-<request>; the parent folder for several requests")
@@ -345,7 +352,7 @@ def main():
     say = (lambda *words: None) if a.json == "-" else print
     say(f"{name} on {device}, {str(dtype)[6:]} ({reason}); calibrated on {windows.numel()} tokens, measured on {test.numel()} of {text}")
     divergence = Divergence(model, test)
-    dense_ppl, pruner = divergence.measure()[1], Pruner(model, windows, a.metric)
+    dense_ppl, pruner = divergence.measure()[1], Pruner(model, windows, a.metric, a.rank_bits)
     width = max(map(len, names + ["request"]))
     say(f"{'request':<{width}}  sparsity      KL  perplexity      bytes  seconds\n{'dense':<{width}}    0.0000  0.0000  {dense_ppl:10.3f}")
 

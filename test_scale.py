@@ -65,6 +65,19 @@ def test_sequential_ranks_equal_those_of_a_model_whose_earlier_blocks_are_pruned
     assert all(torch.equal(p, q) for p, q in zip(by_hand.parameters(), model.parameters()))
 
 
+def test_8_bit_ranks_count_what_they_drop_and_equal_16_bit_ones_at_multiples_of_1_in_256(small, tokens):
+    exact, coarse = (Pruner(load_llama(small)[0], tokens, rank_bits=bits) for bits in (16, 8))
+    assert all(r.dtype == torch.uint8 for block in coarse.ranks for r in block)
+    for strategy in ([0.25, 0.5, 0.75], [0.1, 0.333, 0.9], [0.0, 0.001, 0.004]):
+        masks = coarse.masks(strategy)
+        assert coarse.sparsity(strategy) == pytest.approx(coarse.counted(masks), abs=1e-12)
+        assert abs(coarse.sparsity(strategy) - exact.sparsity(strategy)) <= 1 / 256 + 1 / 48        # a level, and a weight of a row of 48
+        counts = coarse.counts(strategy) / coarse.d_in                                              # masks are those of these exact counts
+        assert all(torch.equal(m, masks[name]) for name, m in exact.masks(counts).items())
+        coarse.apply(strategy)
+        assert all(torch.equal(p != 0, masks[name]) for name, p in coarse.model.named_parameters() if name in masks)
+
+
 def common(small, text):
     return ["train.py", "--model", str(small), "--data", str(text), "--initial", "6", "--rounds", "2", "--batch", "3", "--tokens", "128",
             "--calibration", "4", "--seqlen", "64", "--test-tokens", "128", "--device", "cpu", "--dtype", "float32"]
@@ -103,5 +116,30 @@ def test_a_run_killed_in_the_middle_resumes_and_ends_like_an_undisturbed_one(sma
     process.wait()
     kept = len(json.loads(evaluations.read_text())["evaluations"])
     assert kept >= 7 and not (out / "results.json").exists()
+    refused = subprocess.run([sys.executable, *common(small, text), "--out", str(out), "--resume", "--seed", "1"], cwd=ROOT, env=env,
+                             capture_output=True, text=True)
+    assert refused.returncode == 2 and "another seed" in refused.stderr and kept == len(json.loads(evaluations.read_text())["evaluations"])
     subprocess.run([sys.executable, *common(small, text), "--out", str(out), "--resume"], cwd=ROOT, env=env, check=True, capture_output=True)
+    assert outcome(out) == undisturbed
+
+
+def test_a_process_that_dies_ends_the_run_with_one_message_and_what_was_measured_is_kept(small, text, undisturbed, tmp_path):
+    out, processes = tmp_path / "run", []
+    for rank in range(2):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519"}
+        processes.append(subprocess.Popen([sys.executable, *common(small, text), "--out", str(out)], cwd=ROOT, env=env,
+                                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    evaluations = out / "evaluations.1.json"
+    while processes[1].poll() is None and not (evaluations.exists() and len(json.loads(evaluations.read_text())["evaluations"]) >= 4):
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGKILL)
+    said = processes[0].communicate(timeout=120)[1]
+    processes[1].communicate()
+    assert processes[0].returncode == 1 and "Traceback" not in said
+    assert said.strip().splitlines()[-1] == "a process of this run died; finished evaluations are kept, the same command with --resume goes on"
+    kept = sum(len(json.loads((out / f"evaluations.{r}.json").read_text())["evaluations"]) for r in range(2))
+    assert kept >= 8 and not (out / "results.json").exists()
+    subprocess.run([sys.executable, *common(small, text), "--out", str(out), "--resume"], cwd=ROOT, check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert outcome(out) == undisturbed

@@ -409,25 +409,14 @@ def text(tmp_path_factory):
     return path
 
 
-def test_a_resumed_run_ends_like_an_undisturbed_one_and_prune_uses_its_stratnet(small, text, tmp_path):
-    common = ("train.py", "--model", small, "--data", text, "--initial", 5, "--rounds", 2, "--batch", 2, "--tokens", 128,
-              "--calibration", 4, "--seqlen", 64, "--test-tokens", 128, "--device", "cpu")
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert script(*common, "--out", whole).returncode == 0
-    resumed.mkdir()
-    evaluations = json.loads((whole / "evaluations.0.json").read_text())["evaluations"]
-    (resumed / "evaluations.0.json").write_text(json.dumps({"evaluations": evaluations[:6]}))
-    (resumed / "settings.json").write_bytes((whole / "settings.json").read_bytes())
-    assert script(*common, "--out", resumed, "--resume").returncode == 0
-    timeless = lambda folder: [{k: v for k, v in r.items() if k != "seconds"} for r in json.loads((folder / "results.json").read_text())]
-    assert timeless(whole) == timeless(resumed) and len(timeless(whole)) == 12
-    assert (whole / "measured.json").read_bytes() == (resumed / "measured.json").read_bytes()
-    refused = script(*common, "--seed", 1, "--out", resumed, "--resume")
-    assert refused.returncode == 2 and "another seed" in refused.stderr
-    for method in ((), ("--uniform",)):
-        out = tmp_path / f"pruned{len(method)}"
-        done = script("prune.py", "--model", small, "--data", text, "--seqlen", 64, "--calibration", 4, "--tokens", 128, "--sparsity", 0.5,
-                      "--stratnet", whole / "stratnet.safetensors", "--out", out, *method)
+def test_prune_serves_a_request_with_the_stratnet_that_train_made_and_without_one(small, text, tmp_path):
+    common = ("--model", small, "--data", text, "--calibration", 4, "--seqlen", 64, "--device", "cpu")
+    made = script("train.py", *common, "--initial", 5, "--rounds", 2, "--batch", 2, "--tokens", 128, "--test-tokens", 128, "--out", tmp_path / "run")
+    assert made.returncode == 0, made.stderr
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 12
+    for method in ((), ("--uniform",), ("--rank-bits", 8)):
+        out = tmp_path / f"pruned{''.join(map(str, method))}"
+        done = script("prune.py", *common, "--tokens", 128, "--sparsity", 0.5, "--stratnet", tmp_path / "run" / "stratnet.safetensors", "--out", out, *method)
         assert done.returncode == 0, done.stderr
         record = json.loads((out / "strategy.json").read_text())
         assert abs(record["counted"] - 0.5) < 0.01 and load_llama(out)

@@ -163,7 +163,7 @@ def fingerprint(a):
     text = sha256(a.data) if a.data else hashlib.sha256("".join(stdlib_files(False)).encode()).hexdigest()
     return {"model": a.model.resolve().name, "weights": weights, "data": a.data.name if a.data else f"stdlib {platform.python_version()}",
             "sha256": text, "seed": a.seed, "initial": a.initial, "rounds": a.rounds, "batch": a.batch, "mean": a.mean,
-            "metric": a.metric, "tokens": a.tokens, "calibration": a.calibration, "seqlen": a.seqlen, "dtype": a.dtype}
+            "metric": a.metric, "rank_bits": a.rank_bits, "tokens": a.tokens, "calibration": a.calibration, "seqlen": a.seqlen, "dtype": a.dtype}
 
 
 def main():
@@ -184,6 +184,7 @@ def main():
     p.add_argument("--seqlen", type=int, metavar="N", help="window (default: the model's positions, at most 512)")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
     p.add_argument("--offload", action="store_true", help="keep the blocks in host memory, two at a time on the GPU")
+    p.add_argument("--rank-bits", type=int, choices=[8, 16], default=16, help="8: half the memory of ranks, sparsities in steps of 1/256 (16)")
     p.add_argument("--resume", action="store_true", help="go on where a run with the same settings was stopped")
     a = p.parse_args()
     for name in ("initial", "batch", "tokens", "calibration", "test_tokens"):
@@ -215,7 +216,7 @@ def main():
     if dist.is_initialized():
         dist.barrier()                                      # nobody measures before an earlier run is cleared away
     divergence = Divergence(model, search_windows)
-    pruner = Pruner(model, windows, a.metric)
+    pruner = Pruner(model, windows, a.metric, a.rank_bits)
 
     def f2(strategy):
         pruner.apply(strategy)
