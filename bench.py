@@ -5,9 +5,10 @@ Source    the comparison of UniCuCo (arXiv 2505.12216): 64 requests; methods as 
 Reading   after baselines.py.
 Laptop    python bench.py                          (3 minutes; ends with the speed at equal quality)
           python bench.py --stages                 (1 minute; every stage against its floor, one ratio each)
-Full      python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3 --constant
+Full      python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3 --resume
 """
 import json
+import math
 import statistics
 import time
 import warnings
@@ -19,13 +20,16 @@ from tqdm import tqdm
 from baselines import evopress, gp_search, outlier_shares, owl_best, uniform
 from eval import Divergence, sha256
 from gp import GaussianProcess
-from llama import Parser, add_model, choose_device, pack, run, unpack, weight_files
+from llama import Config, Llama, Parser, add_model, choose_device, pack, read_json, run, unpack, weight_files
 from prune import LINEARS, Pruner, activation_norms, rank, setting, wanda, write_text
 from train import one_thread, search
-from unicuco import first_design, strategy_for
+from unicuco import StratNet, first_design, strategy_for
 
 QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)                       # requests that a baseline is measured on, unless --full
 PERPLEXITIES = (0.5, 0.6, 0.7)
+METHODS = {"owl": "OWL, best of 12", "unicuco": "UniCuCo", "constant": "UniCuCo, constant mean", "gp": "GP per request", "evopress": "EvoPress",
+           "magnitude": "magnitude, uniform"}
+SHARED = ("uniform", "UniCuCo", "UniCuCo, constant mean", "magnitude, uniform")     # what 64 requests cost no more searches than one
 
 
 class Counter:
@@ -41,60 +45,92 @@ class Counter:
         return self.divergence()
 
 
-def serve(pruner, divergence, quick, shares, requests, budget, seed, constant, bar):
-    """Every method's strategies for `requests` -> {method: {"shared": s, "evaluations", "strategies": {sparsity: (strategy, seconds)}}}.
+class Memory:
+    """Every search and every measurement of a comparison, on disk the moment it is done: a killed run goes on with --resume."""
+
+    def __init__(self, path, inputs, resume):
+        self.path, self.content = path, {"inputs": inputs, "found": {}}
+        if resume and path.exists():
+            self.content = read_json(path)
+            changed = [key for key in inputs if self.content.get("inputs", {}).get(key) != inputs[key]]
+            if changed:
+                raise ValueError(f"{path} holds a comparison with another {changed[0]}: {self.content.get('inputs', {}).get(changed[0])!r}, now {inputs[changed[0]]!r}")
+
+    def __call__(self, key, make):
+        """The value of `key`, JSON, from the file or by calling `make` once."""
+        if key not in self.content["found"]:
+            self.content["found"][key] = make()
+            self.write()
+        return self.content["found"][key]
+
+    def write(self, **more):
+        self.content.update(more)
+        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
+
+
+def serve(memory, pruner, divergence, quick, shares, requests, a, seed, bar):
+    """Every method's strategies for `requests`: {method: {"shared", "evaluations", "strategies": {request: [strategy, seconds]}}}.
 
     shared        seconds spent once for all requests (calibration is the caller's, and the same for all)
     evaluations   of f2, in units of all search tokens: (shared, per request)
     """
-    blocks, counted = len(pruner.live), pruner.sparsity
-    f2, part = Counter(pruner, divergence, bar), Counter(pruner, quick, bar, divergence.windows.numel() / quick.windows.numel())
-    tokens, methods = divergence.windows.numel(), {}
+    blocks, counted, tokens = len(pruner.live), pruner.sparsity, divergence.windows.numel()
+    f2, part = Counter(pruner, divergence, bar), Counter(pruner, quick, bar, tokens / quick.windows.numel())
 
-    def spent():
-        return (f2.tokens + part.tokens) / tokens
+    def timed(strategy_of, s):
+        started, before = time.perf_counter(), f2.tokens + part.tokens
+        strategy = strategy_of(s)
+        pruner.apply(strategy)
+        return [strategy.tolist(), time.perf_counter() - started, (f2.tokens + part.tokens - before) / tokens]
 
-    def each(strategy_of, shared=0.0, shared_evaluations=0.0):
-        served, before = {}, spent()
-        for s in requests:
-            started = time.perf_counter()
-            strategy = strategy_of(s)
-            pruner.apply(strategy)
-            served[s] = strategy, time.perf_counter() - started
-        return {"shared": shared, "evaluations": (shared_evaluations, (spent() - before) / len(requests)), "strategies": served}
+    def each(name, strategy_of):
+        found = {s: memory(f"{seed} {name} {s}", lambda: timed(strategy_of, s)) for s in requests}
+        return {"shared": 0.0, "evaluations": (0.0, statistics.mean(e for *_, e in found.values())), "strategies": {s: f[:2] for s, f in found.items()}}
 
-    methods["uniform"] = each(lambda s: uniform(blocks, s))
-    methods["OWL, best of 12"] = each(lambda s: owl_best(shares, s, counted, f2))
-    for mean in ("blocks", "constant") if constant else ("blocks",):
-        started, before = time.perf_counter(), spent()
-        net, *_ = search(lambda batch: [f2(x) for x in batch], blocks, mean=mean, seed=seed)
-        name = "UniCuCo" if mean == "blocks" else "UniCuCo, constant mean"
-        methods[name] = each(lambda s: strategy_for(net, s, counted), time.perf_counter() - started, spent() - before)
-    methods["GP per request"] = each(lambda s: gp_search(f2, s, blocks, counted, budget // 2, seed))
-    methods["GP per request"]["evaluations"] = (0.0, float(budget // 2))
-    budgets = sorted({budget // 8, budget // 4, budget // 2, budget} - {0})
-    found = {s: evopress(f2, part, s, blocks, counted, budget, seed, snapshots=budgets) for s in requests}
-    for b in budgets:
-        methods[f"EvoPress, {b} each"] = {"shared": 0.0, "evaluations": (0.0, float(b)), "strategies": {s: found[s][b] for s in requests}}
+    def learned(mean):
+        started, before = time.perf_counter(), f2.tokens
+        net, *_ = search(lambda batch: [f2(x) for x in batch], blocks, a.initial, a.rounds, mean=mean, seed=seed)
+        shared, evaluations = time.perf_counter() - started, (f2.tokens - before) / tokens
+        return {"shared": shared, "evaluations": (evaluations, 0.0), "strategies": {str(s): timed(lambda s: strategy_for(net, s, counted), s)[:2] for s in requests}}
+
+    methods = {"uniform": each("uniform", lambda s: uniform(blocks, s))}
+    for key in a.methods:
+        name = METHODS[key]
+        if key == "owl":
+            methods[name] = each(name, lambda s: owl_best(shares, s, counted, f2))
+        elif key == "gp":
+            methods[name] = each(name, lambda s: gp_search(f2, s, blocks, counted, a.budget // 2, seed))
+        elif key == "evopress":
+            budgets = sorted({a.budget // 8, a.budget // 4, a.budget // 2, a.budget} - {0})
+            found = {s: memory(f"{seed} {name} {s}", lambda: {str(b): [x.tolist(), t] for b, (x, t) in evopress(
+                f2, part, s, blocks, counted, a.budget, seed, snapshots=budgets).items()}) for s in requests}
+            for b in budgets:
+                methods[f"{name}, {b} each"] = {"shared": 0.0, "evaluations": (0.0, float(b)), "strategies": {s: found[s][str(b)] for s in requests}}
+        elif key != "magnitude":
+            made = memory(f"{seed} {name}", lambda: learned({"unicuco": "blocks"}.get(key, key)))
+            methods[name] = {**made, "strategies": {s: made["strategies"][str(s)] for s in requests}}
     return methods
 
 
-def judge(methods, pruner, tests, bar):
-    """KL and perplexity of every strategy on every test text: {method: {sparsity: {"counted", test: [kl, ppl]}}}."""
+def judge(memory, methods, pruner, tests, seed, bar):
+    """KL and perplexity of every strategy on every test text: {method: {request: {"counted", test: [kl, ppl]}}}."""
     pruner.restore()
     references = {name: Divergence(pruner.model, windows) for name, windows in tests.items()}
+
+    def measured(strategy):
+        pruner.apply(strategy)
+        return {"counted": pruner.sparsity(strategy), **{name: list(d.measure()) for name, d in references.items()}}
+
     judged = {}
     for method, m in methods.items():
-        judged[method] = {}
         for s, (strategy, _) in m["strategies"].items():
-            pruner.apply(strategy)
-            judged[method][s] = {"counted": pruner.sparsity(strategy), **{name: d.measure() for name, d in references.items()}}
+            judged.setdefault(method, {})[s] = memory(f"{seed} judged {method} {s}", lambda: measured(strategy))
             bar.update()
     pruner.restore()
     return judged
 
 
-def one_seed(a, seed, device, dtype, requests):
+def one_seed(memory, a, seed, device, dtype, requests):
     """Everything for one seed: windows, ranks, searches and measurements."""
     model, tokenizer, windows, search_windows, held_out = setting(
         a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, seed)
@@ -102,19 +138,20 @@ def one_seed(a, seed, device, dtype, requests):
     started = time.perf_counter()
     divergence, quick = Divergence(model, search_windows), Divergence(model, search_windows[:max(1, len(search_windows) // 4)])
     pruner = Pruner(model, windows)
-    calibration = time.perf_counter() - started
-    plain = Pruner(model, windows, "magnitude") if a.magnitude else None
-    total = (12 + a.budget // 2 + a.budget) * len(requests) + 104 * (1 + a.constant)
+    calibration = memory(f"{seed} calibration", lambda: time.perf_counter() - started)
+    costs = {"owl": 12, "gp": a.budget // 2, "evopress": a.budget}
+    learned = (a.initial + 4 * a.rounds) * len({"unicuco", "constant"} & set(a.methods))
+    total = sum(costs.get(m, 0) for m in a.methods) * len(requests) + learned
     with tqdm(total=total, desc=f"seed {seed}, evaluations of f2", disable=None, bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]") as bar:
-        methods = serve(pruner, divergence, quick, outlier_shares(model, windows), requests, a.budget, seed, a.constant, bar)
+        methods = serve(memory, pruner, divergence, quick, outlier_shares(model, windows) if "owl" in a.methods else None, requests, a, seed, bar)
     with tqdm(total=len(methods) * len(requests), desc=f"seed {seed}, unseen text", disable=None) as bar:
-        judged = judge(methods, pruner, tests, bar)
-        if plain:
-            methods["magnitude, uniform"] = methods["uniform"]
-            judged["magnitude, uniform"] = judge({"magnitude, uniform": methods["uniform"]}, plain, tests, bar)["magnitude, uniform"]
+        judged = judge(memory, methods, pruner, tests, seed, bar)
+        if "magnitude" in a.methods:
+            name = METHODS["magnitude"]
+            methods[name] = methods["uniform"]
+            judged |= judge(memory, {name: methods["uniform"]}, Pruner(model, windows, "magnitude"), tests, seed, bar)
     return {"seed": seed, "calibration": calibration, "tests": {name: w.numel() for name, w in tests.items()}, "judged": judged,
-            "methods": {name: {"shared": m["shared"], "evaluations": m["evaluations"],
-                               "strategies": {s: x.tolist() for s, (x, _) in m["strategies"].items()},
+            "methods": {name: {"shared": m["shared"], "evaluations": m["evaluations"], "strategies": {s: x for s, (x, _) in m["strategies"].items()},
                                "seconds": {s: t for s, (_, t) in m["strategies"].items()}} for name, m in methods.items()}}
 
 
@@ -133,7 +170,7 @@ def table(seeds, requests, served, tokens):
         rows.append({
             "method": method, "evaluations": fixed + each * requests, "tokens": round((fixed + each * requests) * tokens),
             "seconds": shared + per_request * requests, "seconds_shared": shared, "seconds_per_request": per_request,
-            "extrapolated": len(served) < requests and method not in ("uniform", "UniCuCo", "UniCuCo, constant mean", "magnitude, uniform"),
+            "extrapolated": len(served) < requests and method not in SHARED,
             "ratio": {t: statistics.mean(m) for t, m in zip(test_names, mean)},
             "spread": {t: statistics.stdev(m) if len(m) > 1 else None for t, m in zip(test_names, mean)},
             "worst": {t: max(r for seed in seeds for r in ratios(seed, t)) for t in test_names},
@@ -154,8 +191,10 @@ def show(rows, seeds, requests, served):
             print(f"{r['method']:<24} {r['evaluations']:>10.0f}{'*' if r['extrapolated'] else ' '} {r['seconds']:>9.1f}{'*' if r['extrapolated'] else ' '} "
                   f"{r['seconds_shared']:8.1f} {r['seconds_per_request']:8.2f}   {r['ratio'][test]:8.3f}  {spread} {r['worst'][test]:7.3f}   "
                   + "  ".join(f"{p:8.2f}" for p in r["perplexity"][test].values()))
-    ours = next(r for r in rows if r["method"] == "UniCuCo")
+    ours = next((r for r in rows if r["method"] == "UniCuCo"), None)
     theirs = [r for r in rows if r["method"].startswith("EvoPress")]
+    if not (ours and theirs):
+        return
     print(f"\nUniCuCo serves {requests} requests {theirs[-1]['seconds'] / ours['seconds']:.0f} times faster than {theirs[-1]['method']} (follows from the budgets).")
     mean = lambda r: statistics.geometric_mean(r["ratio"].values())
     equal = next((r for r in theirs if mean(r) <= mean(ours)), None)
@@ -283,6 +322,51 @@ def gp_stages(row):
     row("posterior of 16 strategies with gradients", "BoTorch / ours", others / ours, ours, "at least 4")
 
 
+@torch.inference_mode()
+def slopes():
+    """How each cost grows: seconds at four sizes and the slope of log seconds over log size, on Llamas with random weights."""
+    rows = []
+
+    def grow(cost, over, sizes, work):
+        seconds = [race(work(size), repeats=3)[0] for size in sizes]
+        slope = statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, seconds))).slope
+        rows.append({"cost": cost, "over": over, "sizes": sizes, "seconds": seconds, "slope": slope})
+        print(f"{cost:<44} {over:<14} {slope:6.2f}   " + ", ".join(f"{n}: {t:.4f}" for n, t in zip(sizes, seconds)), flush=True)
+
+    def random_llama(width=256, blocks=4):
+        torch.manual_seed(0)
+        return Llama(Config(4096, width, 3 * width, blocks, width // 64, width // 64, 64, 512)).eval()
+
+    def evaluation(model, tokens=2048):
+        return Divergence(model, torch.randint(4096, (tokens // 512, 512), generator=torch.Generator().manual_seed(0)))
+
+    def serving(requests):
+        windows = torch.randint(4096, (4, 512), generator=torch.Generator().manual_seed(0))
+        pruner, net = Pruner(random_llama(), windows), StratNet(4)
+        return lambda: [pruner.apply(strategy_for(net, 0.2 + 0.5 * i / requests, pruner.sparsity)) for i in range(requests)]
+
+    def fitting(n):
+        X = first_design(n, 30, torch.Generator().manual_seed(0))
+        y = (X ** 1.2 * (5 * X).exp()).sum(1).log() + 0.1 * torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return X, y
+
+    def asking(n):
+        gp, x = GaussianProcess().fit(*fitting(n)), fitting(16)[0]
+        return lambda: gp.solve(x)
+
+    print(f"\n{'cost':<44} {'over':<14} {'slope':>6}   seconds at each size")
+    grow("one evaluation of f2, 4 blocks of width 256", "tokens", [1024, 2048, 4096, 8192], lambda n: evaluation(random_llama(), n))
+    grow("one evaluation of f2, width 256", "blocks", [4, 8, 16, 32], lambda n: evaluation(random_llama(blocks=n)))
+    grow("one evaluation of f2, 4 blocks", "width", [128, 256, 512, 1024], lambda n: evaluation(random_llama(n)))
+    grow("ranking a square matrix", "width", [512, 1024, 2048, 4096], lambda n: lambda score=torch.rand(n, n): rank(score))
+    with one_thread():
+        grow("serving requests, 4 blocks of width 256", "requests", [4, 8, 16, 32], serving)
+        with torch.enable_grad():
+            grow("fitting the GP, 30 blocks", "evaluations", [50, 100, 200, 400], lambda n: lambda data=fitting(n): GaussianProcess().fit(*data))
+            grow("posterior of 16 strategies with gradients", "evaluations", [50, 100, 200, 400], asking)
+    return rows
+
+
 def main():
     p = Parser(__doc__, ["python bench.py", "python bench.py --full", "python bench.py --stages", "python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3"])
     add_model(p)
@@ -293,37 +377,40 @@ def main():
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (1)")
     p.add_argument("--full", action="store_true", help="serve and measure every request with every method")
     p.add_argument("--stages", action="store_true", help="time every stage against its floor instead")
-    p.add_argument("--constant", action="store_true", help="also UniCuCo with the plain constant mean")
-    p.add_argument("--magnitude", action="store_true", help="also magnitude pruning instead of Wanda")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=["owl", "unicuco", "gp", "evopress"], metavar="NAME",
+                   help=f"beside uniform: {' '.join(METHODS)} (owl unicuco gp evopress)")
+    p.add_argument("--initial", type=int, default=48, metavar="N", help="strategies that UniCuCo measures first (48)")
+    p.add_argument("--rounds", type=int, default=14, metavar="N", help="its rounds of 4 more (14)")
+    p.add_argument("--resume", action="store_true", help="go on where a comparison with the same inputs was stopped")
     p.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of one evaluation of f2 (2048)")
     p.add_argument("--calibration", type=int, default=32, metavar="N", help="calibration windows (32)")
     p.add_argument("--test-tokens", type=int, default=8192, metavar="N", help="tokens of each unseen text (8192)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window (default: the model's positions, at most 512)")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
     a = p.parse_args()
-    if min(a.requests, a.seeds, a.tokens, a.calibration, a.test_tokens) < 1 or a.budget < 8:
+    if min(a.requests, a.seeds, a.tokens, a.calibration, a.test_tokens, a.initial, a.rounds) < 1 or a.budget < 8:
         raise ValueError("counts must be at least 1, --budget at least 8")
     device, dtype, reason = choose_device(a.device, a.dtype)
     name, started = a.model.resolve().name, time.perf_counter()
     out = a.out or Path("out") / name
     served = sorted({*QUICK, *(round(0.2 + 0.55 * i / max(a.requests - 1, 1), 4) for i in range(a.requests))}) if a.full else list(QUICK)
     inputs = {"model": name, "weights": [sha256(f) for f in weight_files(a.model)], "data": a.data.name if a.data else "stdlib",
-              "sha256": sha256(a.data) if a.data else None, "tests": {t.name: sha256(t) for t in a.test or []}, "budget": a.budget,
-              "tokens": a.tokens, "calibration": a.calibration, "device": str(device), "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
+              "sha256": sha256(a.data) if a.data else None, "tests": {t.name: sha256(t) for t in a.test or []}, "test_tokens": a.test_tokens,
+              "budget": a.budget, "initial": a.initial, "rounds": a.rounds, "seqlen": a.seqlen, "tokens": a.tokens, "calibration": a.calibration, "device": str(device), "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
     print(f"{name} on {device}, {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads")
     if a.stages:
         model, _, windows, search_windows, _ = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, 0)
         rows = stages(model, windows, search_windows)
-        write_text(out / "stages.json", json.dumps({"inputs": inputs, "rows": rows}, indent=1) + "\n")
+        write_text(out / "stages.json", json.dumps({"inputs": inputs, "rows": rows, "slopes": slopes()}, indent=1) + "\n")
         return print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'stages.json'}")
-    seeds = []
+    seeds, memory = [], Memory(out / "bench.json", inputs, a.resume)
     for seed in range(a.seeds):
-        seeds.append(one_seed(a, seed, device, dtype, served))
+        seeds.append(one_seed(memory, a, seed, device, dtype, served))
         rows = table(seeds, a.requests, served, a.tokens)
-        write_text(out / "bench.json", json.dumps({"inputs": inputs, "requests": a.requests, "served": served, "table": rows, "seeds": seeds}, indent=1) + "\n")
+        memory.write(requests=a.requests, served=served, table=rows, tests=seeds[0]["tests"])
     show(rows, seeds, a.requests, served)
     print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'bench.json'}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ": what was found is kept, the same command with --resume goes on")

@@ -63,14 +63,14 @@ class ConstantMean:
 
 
 class BlocksMean:
-    """The KL of a pruned model is nearly the sum of its blocks' KLs, and each grows like x^a exp(b x):
+    """The KL of a pruned model is nearly the sum of its blocks' KLs, and each grows like x^a exp(b_i x):
 
-        mean(x) = log sum_i exp(c_i + a log(x_i + SHIFT) + b x_i) + c_0
+        mean(x) = log sum_i exp(c_i + a log(x_i + SHIFT) + b_i x_i) + c_0
         d mean / d c_i = w_i,  w = softmax_i(...)           d mean / d a = sum_i w_i log(x_i + SHIFT)
-        d mean / d x_i = w_i (a / (x_i + SHIFT) + b)        d mean / d b = sum_i w_i x_i
+        d mean / d x_i = w_i (a / (x_i + SHIFT) + b_i)      d mean / d b_i = w_i x_i
 
-    Fitted to the raw y by maximum a posteriori: c_i ~ N(0, 0.5^2), a ~ N(1, 0.5^2) with a = 0.3 + softplus(.) > 0.3,
-    b ~ N(5, 2^2), c_0 flat, residual variance 0.02. Unlike a constant, it knows that nothing is cheap near x_i = 0.9.
+    Fitted to the raw y by maximum a posteriori: c_i ~ N(0, 0.5^2), b_i ~ N(b, 2^2), b ~ N(5, 2^2), c_0 flat, residual variance
+    0.02, a ~ N(1, 0.5^2) with a = 0.3 + softplus(.) > 0.3. Unlike a constant, it knows that nothing is cheap near x_i = 0.9.
     """
     log_signal, log_noise = math.log(0.02), math.log(1e-3)  # where their priors stand, in nats^2
     scale = 1.0
@@ -80,21 +80,21 @@ class BlocksMean:
         log_x = (X + SHIFT).log()
 
         def loss(p):
-            c, alpha, b = p[:d], p[d], p[d + 1]
+            (c, b), (common, alpha, c0) = p[:2 * d].view(2, d), p[2 * d:]
             a = 0.3 + torch.nn.functional.softplus(alpha)
             terms = c + a * log_x + b * X
-            w, error = terms.softmax(1), terms.logsumexp(1) + p[d + 2] - y
-            value = (error ** 2).sum() / 0.04 + (c ** 2).sum() / 0.5 + (a - 1) ** 2 / 0.5 + (b - 5) ** 2 / 8
+            w, error = terms.softmax(1), terms.logsumexp(1) + c0 - y
+            value = ((error ** 2).sum() / 0.02 + (c ** 2).sum() / 0.25 + (a - 1) ** 2 / 0.25 + ((b - common) ** 2).sum() / 4 + (common - 5) ** 2 / 4) / 2
             e = error / 0.02
             grad_a = (e * (w * log_x).sum(1)).sum() + (a - 1) / 0.25
-            grad_b = (e * (w * X).sum(1)).sum() + (b - 5) / 4
-            return float(value), torch.cat([w.T @ e + c / 0.25, torch.stack([grad_a * alpha.sigmoid(), grad_b, e.sum()])])
+            grad_common = ((common - b).sum() + common - 5) / 4
+            return float(value), torch.cat([w.T @ e + c / 0.25, (w * X).T @ e + (b - common) / 4,
+                                            torch.stack([grad_common, grad_a * alpha.sigmoid(), e.sum()])])
 
-        start = torch.zeros(d + 3, dtype=torch.float64)
-        start[d], start[d + 1] = math.log(math.expm1(0.7)), 5.0
-        start[d + 2] = (y - (log_x + 5 * X).logsumexp(1)).mean()
+        start = torch.cat([torch.zeros(d), torch.full((d + 1,), 5.0), torch.zeros(2)]).double()
+        start[-2], start[-1] = math.log(math.expm1(0.7)), (y - (log_x + 5 * X).logsumexp(1)).mean()
         p = minimise(loss, start, 500)
-        self.c, self.a, self.b, self.c0 = p[:d], 0.3 + torch.nn.functional.softplus(p[d]), p[d + 1], p[d + 2]
+        (self.c, self.b), self.a, self.c0 = p[:2 * d].view(2, d), 0.3 + torch.nn.functional.softplus(p[-2]), p[-1]
         return self
 
     def terms(self, x):

@@ -179,15 +179,17 @@ def hypervolume_gain(points, candidates):
     return (widths * (heights - candidates[:, 1:]).clamp(min=0)).sum(1)
 
 
-def select_batch(net, gp, scale, measured, count, kappa, generator, candidates=1000, between=(0.15, 0.75)):
+def select_batch(net, gp, scale, measured, count, kappa, generator, candidates=1000, between=(0.15, 0.75), scatter=0.2):
     """Strategies (count, d) to measure next: of the strategies of random requests, those that greedily add most hypervolume (PSL).
 
-    A pick counts with its lower confidence bound. Only strategies of mean sparsity within `between` may be picked: without that,
-    half of the picks go where nobody asks (departs from PSL).
+    A pick counts with its lower confidence bound. Departs from PSL twice: only strategies of mean sparsity within `between` may
+    be picked, else half of them go where nobody asks; and each is scattered in its logits by `scatter`, else all lie on
+    StratNet's own curve, and the GP never learns what is beside it.
     measured  scaled objectives (n, 2) so far
     """
     with torch.no_grad():
-        strategies = net(sample_requests(candidates, generator))
+        logits = net.logits(sample_requests(candidates, generator))
+        strategies = MAX * torch.sigmoid(logits + scatter * torch.randn(logits.shape, generator=generator, dtype=torch.float64))
         wanted = (strategies.mean(1) >= between[0]) & (strategies.mean(1) <= between[1])
         if wanted.sum() < count:                           # StratNet has collapsed: scatter around what is asked for
             strategies = first_design(candidates, strategies.shape[1], generator)
