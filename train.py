@@ -26,7 +26,7 @@ from eval import Divergence, sha256, stdlib_files
 from gp import GaussianProcess
 from llama import Parser, add_model, choose_device, read_json, run, weight_files
 from prune import METRICS, Pruner, setting, write_text
-from unicuco import (Scale, StratNet, first_design, hypervolume, log_divergence, save_stratnet, select_batch, strategy_for,
+from unicuco import (Scale, StratNet, first_design, hypervolume, log_divergence, save_stratnet, scattered, select_batch, strategy_for,
                      train_stratnet)
 
 SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -71,8 +71,8 @@ def search(measure, blocks, initial=48, rounds=14, batch=4, mean="blocks", kappa
             gp = GaussianProcess(mean).fit(X, y)
             # 3. update StratNet on its lower confidence bound
             train_stratnet(net, gp, scale, steps, kappa, g)
-            # 4. of the strategies of random requests, pick the batch that adds most hypervolume
-            picks = select_batch(net, gp, scale, scale(X, y), batch, kappa, g)
+            # 4. of the strategies of random requests, pick the batch that adds most hypervolume, and scatter it a little
+            picks = scattered(select_batch(net, gp, scale, scale(X, y), batch, kappa, g), g)
             predicted = gp.posterior(picks)[0].exp().tolist()
         # 5. prune, measure, remember
         add(round, picks, predicted)

@@ -179,17 +179,15 @@ def hypervolume_gain(points, candidates):
     return (widths * (heights - candidates[:, 1:]).clamp(min=0)).sum(1)
 
 
-def select_batch(net, gp, scale, measured, count, kappa, generator, candidates=1000, between=(0.15, 0.75), scatter=0.2):
+def select_batch(net, gp, scale, measured, count, kappa, generator, candidates=1000, between=(0.15, 0.75)):
     """Strategies (count, d) to measure next: of the strategies of random requests, those that greedily add most hypervolume (PSL).
 
-    A pick counts with its lower confidence bound. Departs from PSL twice: only strategies of mean sparsity within `between` may
-    be picked, else half of them go where nobody asks; and each is scattered in its logits by `scatter`, else all lie on
-    StratNet's own curve, and the GP never learns what is beside it.
+    A pick counts with its lower confidence bound. Only strategies of mean sparsity within `between` may be picked: without that,
+    half of the picks go where nobody asks (departs from PSL).
     measured  scaled objectives (n, 2) so far
     """
     with torch.no_grad():
-        logits = net.logits(sample_requests(candidates, generator))
-        strategies = MAX * torch.sigmoid(logits + scatter * torch.randn(logits.shape, generator=generator, dtype=torch.float64))
+        strategies = net(sample_requests(candidates, generator))
         wanted = (strategies.mean(1) >= between[0]) & (strategies.mean(1) <= between[1])
         if wanted.sum() < count:                           # StratNet has collapsed: scatter around what is asked for
             strategies = first_design(candidates, strategies.shape[1], generator)
@@ -206,6 +204,13 @@ def select_batch(net, gp, scale, measured, count, kappa, generator, candidates=1
             picks.append(int(gain.argmax()))
             measured = torch.cat([measured, objectives[picks[-1:]]])
         return strategies[picks]
+
+
+def scattered(strategies, generator, by=0.2):
+    """Strategies (c, d), each block moved at random by about `by` in its logit. Picks that all lie on StratNet's own curve would
+    never teach the GP what is beside it (departs from PSL)."""
+    logits = (strategies / MAX).clamp(1e-6, 1 - 1e-6).logit()
+    return MAX * torch.sigmoid(logits + by * torch.randn(logits.shape, generator=generator, dtype=torch.float64))
 
 
 # -------------------------------------------------------------------------------------------------------------- on disk
