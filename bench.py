@@ -116,6 +116,7 @@ def judge(memory, methods, pruner, tests, seed, bar):
     """KL and perplexity of every strategy on every test text: {method: {request: {"counted", test: [kl, ppl]}}}."""
     pruner.restore()
     references = {name: Divergence(pruner.model, windows) for name, windows in tests.items()}
+    count = sum(w.numel() for w in tests.values())
 
     def measured(strategy):
         pruner.apply(strategy)
@@ -124,7 +125,7 @@ def judge(memory, methods, pruner, tests, seed, bar):
     judged = {}
     for method, m in methods.items():
         for s, (strategy, _) in m["strategies"].items():
-            judged.setdefault(method, {})[s] = memory(f"{seed} judged {method} {s}", lambda: measured(strategy))
+            judged.setdefault(method, {})[s] = memory(f"{seed} {method} {s} on {count} tokens", lambda: measured(strategy))
             bar.update()
     pruner.restore()
     return judged
@@ -395,7 +396,7 @@ def main():
     out = a.out or Path("out") / name
     served = sorted({*QUICK, *(round(0.2 + 0.55 * i / max(a.requests - 1, 1), 4) for i in range(a.requests))}) if a.full else list(QUICK)
     inputs = {"model": name, "weights": [sha256(f) for f in weight_files(a.model)], "data": a.data.name if a.data else "stdlib",
-              "sha256": sha256(a.data) if a.data else None, "tests": {t.name: sha256(t) for t in a.test or []}, "test_tokens": a.test_tokens,
+              "sha256": sha256(a.data) if a.data else None, "tests": {t.name: sha256(t) for t in a.test or []},
               "budget": a.budget, "initial": a.initial, "rounds": a.rounds, "seqlen": a.seqlen, "tokens": a.tokens, "calibration": a.calibration, "device": str(device), "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
     print(f"{name} on {device}, {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads")
     if a.stages:
