@@ -397,7 +397,8 @@ def main():
     served = sorted({*QUICK, *(round(0.2 + 0.55 * i / max(a.requests - 1, 1), 4) for i in range(a.requests))}) if a.full else list(QUICK)
     inputs = {"model": name, "weights": [sha256(f) for f in weight_files(a.model)], "data": a.data.name if a.data else "stdlib",
               "sha256": sha256(a.data) if a.data else None, "tests": {t.name: sha256(t) for t in a.test or []},
-              "budget": a.budget, "initial": a.initial, "rounds": a.rounds, "seqlen": a.seqlen, "tokens": a.tokens, "calibration": a.calibration, "device": str(device), "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
+              "budget": a.budget, "initial": a.initial, "rounds": a.rounds, "seqlen": a.seqlen, "tokens": a.tokens,
+              "calibration": a.calibration, "device": str(device), "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
     print(f"{name} on {device}, {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads")
     if a.stages:
         model, _, windows, search_windows, _ = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, 0)
