@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llama import first_line, weight_files
-from unicuco import MAX
+from unicuco import MAX, log_divergence
 
 KINDS = {"sparsity": ("S", f"fraction of the block weights that goes, 0 to {MAX}"), "preference": ("L1", "weight of size, l1, against fidelity"),
          "max_kl": ("KL", "most KL from the dense model, measured, in nats per token"), "max_size": ("SIZE", "most bytes of the packed weights, as 9MB")}
@@ -90,7 +90,7 @@ def strategy_of(request, curve, net, predicted, measure, size):
         return curve(MAX - largest(lambda less: size(curve(MAX - less)) <= value))
     # the surrogate proposes; each measurement corrects its offset, and the largest sparsity that measured below is kept
     best, offset = None, 0.0
-    if measure(curve(0.01)) > value:
+    if not measure(curve(0.01)) <= value:                  # NaN included
         raise Unreachable(f"KL {value:g} is below what pruning gives: sparsity 0.01 has {measure(curve(0.01)):.3g}")
     for margin in (0.0, 0.01, 0.02, 0.04, 0.08, 0.16):
         x = curve(largest(lambda s: predicted(curve(s)) + offset <= math.log(max(value, 1e-9)) - margin, 0.01, MAX, 14))
@@ -99,5 +99,5 @@ def strategy_of(request, curve, net, predicted, measure, size):
             best = x
             if kl >= 0.97 * value or float(x.mean()) > MAX - 1e-3:
                 break
-        offset = math.log(max(kl, 1e-6)) - predicted(x)
+        offset = log_divergence(kl) - predicted(x)
     return best if best is not None else curve(0.01)
