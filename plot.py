@@ -42,7 +42,8 @@ def front(axes, measured, rows, net, scale, gp):
     first = [e["round"] == 0 for e in measured]
     for chosen, colour, label in ((True, GREY, "measured, first design"), (False, BLUE, "measured, picked by StratNet")):
         points = [(s, e["measured"]) for s, e, f in zip(sizes, measured, first) if f == chosen]
-        axes.scatter(*zip(*points), s=14, color=colour, alpha=0.7, label=label)
+        if points:                                          # --rounds 0 picks none
+            axes.scatter(*zip(*points), s=14, color=colour, alpha=0.7, label=label)
     with torch.no_grad():
         l1 = torch.linspace(0, 1, 200, dtype=torch.float64)
         x = net(torch.stack([l1, 1 - l1], 1))
@@ -100,8 +101,9 @@ def main():
     net, scale, X, y, about = load_stratnet(a.run / "stratnet.safetensors", len(measured[0]["strategy"]))
     gp, out = GaussianProcess(about["mean"]).fit(X, y), a.out or a.run / "figures"
     bench = a.bench or a.run / "bench.json"
-    figures = {"blocks": lambda axes: blocks(axes, net, plt.get_cmap("cividis")), "front": lambda axes: front(axes, measured, rows, net, scale, gp),
-               "prediction": lambda axes: prediction(axes, measured)}
+    figures = {"blocks": lambda axes: blocks(axes, net, plt.get_cmap("cividis")), "front": lambda axes: front(axes, measured, rows, net, scale, gp)}
+    if any(e["predicted"] for e in measured):
+        figures["prediction"] = lambda axes: prediction(axes, measured)
     if bench.exists():
         figures["bars"] = lambda axes: bars(axes, read_json(bench))
     out.mkdir(parents=True, exist_ok=True)

@@ -5,19 +5,20 @@ Run       pytest test_properties.py
 Random structure comes from Hypothesis, derandomised: every run tries the same examples. Each tolerance has its dtype beside it.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import gp as gaussian
@@ -29,9 +30,9 @@ import wishes
 from gp import GaussianProcess
 from llama import Config, Llama, pack, unpack
 from prune import LINEARS, Pruner, keep_mask
+from test_unicuco import ROOT, write_small
 from unicuco import MAX, Scale, StratNet, log_divergence, strategy_for
 
-ROOT = Path(__file__).parent
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 seeds = st.integers(0, 10**6)
 
@@ -82,6 +83,8 @@ class Bar:
 @given(seeds, st.integers(1, 6), st.integers(1, 130), st.floats(0, 0.9999), st.floats(0, 0.9999))
 def test_a_higher_sparsity_drops_a_superset_whatever_the_scores_ties_included(seed, rows, columns, low, high):
     score = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).abs() * 3).round() * 0.1
+    score[:, columns // 2:] = torch.nextafter(score[:, :columns - columns // 2], torch.tensor(0.0))  # neighbours in float32, out of order
+    assert torch.equal(prune.rank(score).long().gather(1, score.argsort(dim=1, stable=True)), torch.arange(columns).expand(rows, -1))
     low, high = sorted((low, high))
     fewer, more = keep_mask(score, low), keep_mask(score, high)
     assert not (more & ~fewer).any()
@@ -99,6 +102,7 @@ def test_counted_sparsity_equals_counted_mask_entries_and_counted_zeros_and_mask
     low, high = [min(p) for p in zip(a, b)], [max(p) for p in zip(a, b)]
     for strategy in (low, high):
         masks = pruner.masks(strategy)
+        assert pruner.counts(strategy).tolist() == [[prune.count(x, int(d_in)) for d_in in pruner.d_in] for x in strategy]
         dropped, total = sum(int((~m).sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
         pruner.apply(strategy)
         zeros = sum(int((W == 0).sum()) for block in pruner.live for W in block)
@@ -149,8 +153,8 @@ def check_front(points):
         request = torch.stack([l1, l2]) / (l1 + l2)
         assert int(unicuco.tchebycheff(points, request.expand(len(points), 2)).argmin()) == i
     for l1 in torch.linspace(0.01, 0.99, 99, dtype=torch.float64):
-        values = unicuco.tchebycheff(points, torch.stack([l1, 1 - l1]).expand(len(points), 2))
-        assert best[values.argmin()]
+        values = unicuco.tchebycheff(points, torch.stack([l1, 1 - l1]).expand(len(points), 2))   # both weights are 0.01 at least
+        assert best[values <= values.min() + 1e-9].all()                                     # float64; a step is worth 5e-6 at least
 
 
 @steady
@@ -175,8 +179,11 @@ def area(points):
     return sum((b - a) * (d - c) for a, b in zip(xs, xs[1:]) for c, d in zip(ys, ys[1:]) if any(p[0] <= a and p[1] <= c for p in points))
 
 
-@steady
-@given(st.lists(st.tuples(st.floats(-0.5, 1.5), st.floats(-0.5, 1.5)), max_size=9), st.tuples(st.floats(-0.5, 1.5), st.floats(-0.5, 1.5)))
+plane = st.tuples(*[st.integers(-6, 30).map(lambda i: i / 20)] * 2)                            # equal coordinates, and beyond 1
+
+
+@settings(steady, max_examples=200)
+@given(st.lists(plane, max_size=9), plane)
 def test_hypervolume_equals_brute_force_and_the_gain_of_a_point_is_the_difference(points, one):
     tensor = torch.tensor(points, dtype=torch.float64).view(-1, 2)
     assert unicuco.hypervolume(tensor) == pytest.approx(area(points), abs=1e-12)             # float64
@@ -232,12 +239,14 @@ sevens = st.lists(st.integers(1, 600), min_size=7, max_size=7)
 @steady
 @given(st.integers(1, 8), sevens, sevens, st.floats(-3, 9), seeds, st.floats(0, MAX) | st.sampled_from([0.0, 0.3, 0.5, MAX]), st.booleans())
 def test_strategy_for_is_within_one_step_of_the_count_for_any_stratnet_and_any_shape(blocks, d_out, d_in, size, seed, sparsity, equal):
-    pruner, net = counter(blocks, d_out, d_in), random_net(blocks, 10 ** size, seed)         # 10^9 saturates every output
-    if equal:                                                                                # all blocks cross a count together
-        net.layers[-1].weight.data[:], net.layers[-1].bias.data[:] = net.layers[-1].weight[0].clone(), 0.0
+    net = random_net(blocks, 10 ** size, seed)                               # 10^9 saturates every output
+    if equal:                                                                # all blocks but the first cross a count together
+        d_in = d_in[:1] * 7
+        net.layers[-1].weight.data[1:], net.layers[-1].bias.data[1:] = net.layers[-1].weight[-1].clone(), 0.0
+    pruner = counter(blocks, d_out, d_in)
     x = strategy_for(net, sparsity, pruner.sparsity)
     assert x.min() >= 0 and x.max() <= MAX
-    assert abs(pruner.sparsity(x) - pruner.sparsity([sparsity] * blocks)) <= 1 / (blocks * min(d_in))
+    assert abs(pruner.sparsity(x) - pruner.sparsity([sparsity] * blocks)) <= 0.5 / (blocks * min(d_in)) + 1e-12      # float64: the nearest step
 
 
 def test_strategy_for_stays_close_to_what_stratnet_itself_says_at_that_sparsity():
@@ -279,6 +288,21 @@ def test_a_wish_for_a_kl_is_met_though_the_surrogate_is_wrong_and_more_sparsity_
 
 
 # ------------------------------------------------------------------------------------------------------ batches of any size
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_checkpoint_that_transformers_made_itself_biases_included_gives_its_logits(family, tokens, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.AutoConfig.for_model(family, **sizes, **(dict(attention_bias=True, mlp_bias=True) if family == "llama" else {}))
+    theirs, g = transformers.AutoModelForCausalLM.from_config(config).eval(), torch.Generator().manual_seed(0)
+    for p in theirs.parameters():                                            # biases are 0 when they are made
+        p.data = torch.randn(p.shape, generator=g) * 0.3
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes((ROOT / "tiny" / "tokenizer.model").read_bytes())
+    with torch.no_grad():
+        ours, theirs = llama.load_llama(tmp_path)[0](tokens), theirs(tokens).logits
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()                           # float32
+
+
 def test_kl_perplexity_bits_and_choices_do_not_depend_on_how_tokens_are_batched(tokens, monkeypatch):
     model, g = random_model(), torch.Generator().manual_seed(0)
     pairs = [(torch.randint(3, 512, (n,), generator=g).tolist(), n // 3 + 1) for n in (4, 9, 9, 30, 127, 140, 200)]
@@ -440,6 +464,20 @@ def test_a_fit_goes_on_when_a_step_of_the_line_search_has_no_cholesky_factor(mon
     assert gp.log_marginal_likelihood(gp.theta)[0] > start
 
 
+@pytest.mark.parametrize("slope,wall", [(0.1, 50), (1, 50), (100, 4)])
+def test_minimising_turns_back_where_the_function_is_infinite_and_still_finds_the_minimum(slope, wall):
+    beyond = []
+
+    def f(x):                                                                # -slope x - log(wall - x): its minimum is wall - 1 / slope
+        if (x >= wall).any():
+            beyond.append(x)
+            return math.inf, torch.zeros_like(x)
+        return float((-slope * x - (wall - x).log()).sum()), 1 / (wall - x) - slope
+
+    x = gaussian.minimise(f, torch.zeros(3, dtype=torch.float64))
+    assert beyond and (x - (wall - 1 / slope)).abs().max() < 1e-4            # float64
+
+
 @pytest.mark.parametrize("mean,kernel", [("blocks", "matern52"), ("constant", "rbf")])
 def test_fitted_hyperparameters_and_prior_mean_are_stationary_points_of_their_posteriors(mean, kernel):
     X, y = known(40)
@@ -462,12 +500,13 @@ def test_fitted_hyperparameters_and_prior_mean_are_stationary_points_of_their_po
 
 
 def test_where_the_data_leave_no_variance_std_is_its_floor_and_has_no_gradient():
-    X, y = known(6)
-    gp = GaussianProcess("constant", "rbf").fit(X, y)
-    gp.root = torch.linalg.cholesky(gp.covariance(gp.theta)[0] / gp.theta[-2].exp() - (gp.theta[-1] - gp.theta[-2]).exp() * torch.eye(6))
-    mean, std, _, dstd = gp.solve(X)                                                         # noise taken out: the data are certain
-    assert std.max() <= gp.deviation * 1e-5 and mean.isfinite().all()
-    assert (dstd[std <= gp.deviation * 1.0000001e-6] == 0).all() and dstd.isfinite().all()
+    X, y = known(1)
+    gp = GaussianProcess("constant").fit(X, y)
+    gp.root = torch.ones(1, 1, dtype=torch.float64)                          # of phi alone: the noise taken out, the strategy is certain
+    for distance in (0.0, 1e-9):
+        mean, std, _, dstd = gp.solve(X + distance)
+        assert float(std) == pytest.approx(gp.deviation * 1e-6, rel=1e-9) and (dstd == 0).all() and mean.isfinite().all()
+    assert (gp.solve(X + 0.1)[3] > 0).all()
 
 
 # -------------------------------------------------------------------------------------- picking what to measure, and learning
@@ -505,6 +544,20 @@ def test_picks_are_taken_only_where_requests_come_from_and_of_equal_means_the_un
     assert torch.equal(picks[:, 0], candidates[:, 0].sort(descending=True).values[:4])
 
 
+def test_a_batch_of_picks_is_the_one_of_a_greedy_search_by_brute_force():
+    net, surrogate = random_net(6, 4.0), Surrogate(lambda x: 9 * x[:, 0] + x.mean(1) - 8, lambda x: 0.3 * x[:, 1])
+    measured = torch.tensor([[0.7, 0.3], [0.4, 0.6]], dtype=torch.float64)
+    candidates = net(unicuco.sample_requests(60, torch.Generator().manual_seed(0))).detach()
+    candidates = candidates[(candidates.mean(1) >= 0.15) & (candidates.mean(1) <= 0.75)]
+    objectives = SCALE(candidates, surrogate.posterior(candidates)[0] - 0.5 * surrogate.posterior(candidates)[1]).tolist()
+    front, expected = measured.tolist(), []
+    for _ in range(4):
+        expected.append(max(range(len(candidates)), key=lambda i: area([*front, objectives[i]])))
+        front.append(objectives[expected[-1]])
+    picks = unicuco.select_batch(net, surrogate, SCALE, measured, 4, 0.5, torch.Generator().manual_seed(0), candidates=60)
+    assert torch.equal(picks, candidates[expected]) and len(set(expected)) == 4 and area(front) > area(measured.tolist())
+
+
 def test_stratnet_learns_to_prefer_what_the_lower_confidence_bound_prefers():
     answers = []
     for kappa in (0.0, 1.0):
@@ -533,50 +586,49 @@ def test_a_search_gives_bitwise_equal_results_twice_and_its_predictions_are_kls(
     assert all(0.5 < e["predicted"] / e["measured"] < 2 for e in last)
 
 
-PROGRAM = """
-import hashlib, os, random, sys, torch
-from pathlib import Path
-order = sys.argv[1]
-if order != "as it is":
-    listdir, scandir = os.listdir, os.scandir
-    class Shuffled(list):
-        def __enter__(self): return self
-        def __exit__(self, *why): pass
-    def shuffled(entries):
-        entries = list(entries)
-        random.Random(order).shuffle(entries)
-        return entries
-    os.listdir = lambda *a: shuffled(listdir(*a))
-    os.scandir = lambda *a: Shuffled(shuffled(scandir(*a)))
-import eval, train
-from llama import TINY, load_llama, weight_files
-from prune import Pruner
-model, tokenizer = load_llama(TINY)
-texts = eval.stdlib_files(True), eval.stdlib_files(False)
-windows = eval.cut(eval.tokenise(tokenizer, texts[0][:6]), 64)
-calibration, searched = eval.draw(windows, [4, 2], 0)
-pruner, f2 = Pruner(model, calibration), eval.Divergence(model, searched)
-def measure(batch):
-    values = []
-    for x in batch:
-        pruner.apply(x)
-        values.append(f2())
-    return values
-net, scale, gp, log = train.search(measure, 12, initial=8, rounds=1, batch=2, steps=20, final_steps=20)
-digest = hashlib.sha256(repr((log, scale, texts, weight_files(TINY))).encode())
-for part in (windows, *net.state_dict().values()):
-    digest.update(part.numpy().tobytes())
-Path(sys.argv[2]).write_text(digest.hexdigest())
+def answer():
+    """Texts, windows, ranks, a short search and its StratNet on the embedded model, with one thread: one hash of all of it."""
+    texts = evaluation.stdlib_files(True), evaluation.stdlib_files(False)
+    with train.one_thread():
+        model, tokenizer = llama.load_llama(llama.TINY)
+        windows = evaluation.cut(evaluation.tokenise(tokenizer, texts[0][:6]), 64)
+        calibration, searched = evaluation.draw(windows, [4, 2], 0)
+        pruner, f2 = Pruner(model, calibration), evaluation.Divergence(model, searched)
+
+        def measure(batch):
+            values = []
+            for x in batch:
+                pruner.apply(x)
+                values.append(f2())
+            return values
+
+        net, scale, gp, log = train.search(measure, 12, initial=6, rounds=1, batch=2, steps=10, final_steps=10)
+    digest = hashlib.sha256(repr((texts, log, scale, list(llama.weight_files(llama.TINY)))).encode())
+    for part in (windows, *(r for block in pruner.ranks for r in block), gp.theta, *net.state_dict().values()):
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()
+
+
+SHUFFLED = """
+import os, random
+listdir, scandir = os.listdir, os.scandir
+class Entries(list):
+    def __enter__(self): return self
+    def __exit__(self, *why): pass
+def shuffled(entries):
+    entries = list(entries)
+    random.Random(0).shuffle(entries)
+    return Entries(entries)
+os.listdir, os.scandir = lambda *a: shuffled(listdir(*a)), lambda *a: shuffled(scandir(*a))
+from test_properties import answer
+print(answer())
 """
 
 
-def test_hash_seed_locale_and_the_order_of_files_on_disk_change_nothing(tmp_path):
-    digests = set()
-    for i, (order, seed, locale) in enumerate((("as it is", "0", "C.UTF-8"), ("shuffled", "12345", "C"))):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-c", PROGRAM, order, tmp_path / str(i)], cwd=ROOT, env=environment, check=True, timeout=120)
-        digests.add((tmp_path / str(i)).read_text())
-    assert len(digests) == 1
+def test_hash_seed_locale_and_the_order_of_files_on_disk_change_nothing():
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    other = subprocess.run([sys.executable, "-c", SHUFFLED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert other.stdout.strip() == answer(), other.stderr
 
 
 # ------------------------------------------------------------------------------------------------ measuring once, comparing
@@ -623,3 +675,28 @@ def test_the_table_holds_the_kl_of_both_methods_at_equal_counts_and_names_where_
         row["kl"] = kl
     train.show(rows)
     assert capsys.readouterr().out.splitlines()[-1] == "StratNet's KL is below uniform's at 0.3 (-50.0 %); not at 0.6 (+50.0 %)."
+
+
+def call(*words):
+    """train.py in this process, as from the command line: its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train.py", *map(str, words)])
+        patch.setattr(train, "search", lambda *a, search=train.search, **k: search(*a, **{**k, "steps": 5, "final_steps": 5}))
+        try:
+            llama.run(train.main)
+        except SystemExit as end:
+            return end.code
+    return 0
+
+
+def test_a_model_that_pruning_cannot_change_ends_with_a_table_of_zeros(tmp_path, capsys):
+    folder = write_small(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights = {n: w * (not n.endswith(("o_proj.weight", "down_proj.weight"))) for n, w in weights.items()}     # no block writes anything
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text.txt").write_text((ROOT / "train.py").read_text())
+    assert call("--model", folder, "--data", tmp_path / "text.txt", "--device", "cpu", "--dtype", "float32", "--initial", 4, "--rounds", 1, "--batch", 2,
+                "--tokens", 64, "--calibration", 2, "--seqlen", 64, "--test-tokens", 64, "--out", tmp_path / "out") == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(rows) == 12 and all(r["kl"] == 0 for r in rows)
+    assert "below uniform's at no sparsity; not at 0.2 (+0.0 %)" in capsys.readouterr().out.splitlines()[-1]

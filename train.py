@@ -150,7 +150,7 @@ def show(rows):
         print("sparsity   counted: uniform  StratNet   KL: uniform  StratNet  ratio   perplexity: uniform  StratNet")
         wins, losses = [], []
         for u, s in zip(*([r for r in rows if r["test"] == test and r["method"] == m] for m in ("uniform", "unicuco"))):
-            ratio = s["kl"] / max(u["kl"], 1e-12)
+            ratio = max(s["kl"], 1e-12) / max(u["kl"], 1e-12)     # 0 against 0 is no win
             (wins if ratio < 1 else losses).append(f"{u['sparsity']:g} ({100 * (ratio - 1):+.1f} %)")
             print(f"{u['sparsity']:8.2f}   {u['counted']:16.4f} {s['counted']:9.4f}   {u['kl']:11.4f} {s['kl']:9.4f}  {ratio:5.3f}"
                   f"   {u['ppl']:19.3f} {s['ppl']:9.3f}")
@@ -242,7 +242,7 @@ def main():
     last = [e for e in log if e["round"] == a.rounds and e["predicted"]]
     if last:
         print("last round, predicted and measured KL: " + ", ".join(f"{e['predicted']:.3f} {e['measured']:.3f}" for e in last)
-              + f"; median gap {100 * statistics.median(abs(e['predicted'] / e['measured'] - 1) for e in last):.1f} %")
+              + f"; median gap {100 * statistics.median(abs(e['predicted'] / max(e['measured'], 1e-6) - 1) for e in last):.1f} %")
     show(rows)
 
 

@@ -1,0 +1,210 @@
+"""
+What UniCuCo is compared with, the comparison itself, and the figures: by behaviour, through public functions and the command line.
+
+Run       pytest test_comparison.py
+"""
+import json
+import math
+import statistics
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import baselines
+import bench
+import plot
+import train
+import unicuco
+from llama import load_llama, run
+from prune import LINEARS, Pruner
+from test_unicuco import ROOT, write_small
+
+BLOCKS = 8
+WEIGHTS = torch.logspace(-1.5, 0, BLOCKS, dtype=torch.float64)
+
+
+class Toy:
+    """A cheap f2 = sum_i w_i x_i^2 that counts its calls; `share`: how many times cheaper than the whole it would be."""
+
+    def __init__(self, share=1):
+        self.share, self.calls = share, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return float((WEIGHTS * x ** 2).sum())
+
+
+def counted(x):
+    """Blocks of one matrix with rows of 1000 weights."""
+    return float((torch.as_tensor(x) * 1000 + 1e-6).floor().sum()) / (1000 * BLOCKS)
+
+
+STEP = 1 / (1000 * BLOCKS)
+
+
+def uniform_f2(sparsity):
+    return Toy()(baselines.uniform(BLOCKS, sparsity))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("model") / "small", vocab_size=4096)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.py"
+    path.write_text((ROOT / "train.py").read_text())
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------- baselines
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
+def test_evopress_lowers_its_own_f2_with_every_larger_budget_and_keeps_the_count(sparsity):
+    found = baselines.evopress(Toy(), Toy(4), sparsity, BLOCKS, counted, 60, snapshots=(10, 30))
+    values = [uniform_f2(sparsity), *(Toy()(found[b][0]) for b in (10, 30, 60))]
+    assert all(later <= earlier for earlier, later in zip(values, values[1:])) and values[-1] < 0.9 * values[0]
+    for x, seconds in found.values():
+        assert abs(counted(x) - sparsity) <= STEP and 0 <= x.min() and x.max() <= unicuco.MAX and seconds >= 0
+    again = baselines.evopress(Toy(), Toy(4), sparsity, BLOCKS, counted, 60, snapshots=(10, 30))
+    assert all(torch.equal(found[b][0], again[b][0]) for b in found)
+
+
+def test_evopress_spends_no_more_than_its_budget_in_tokens():
+    f2, quick = Toy(), Toy(4)
+    baselines.evopress(f2, quick, 0.5, BLOCKS, counted, 40)
+    assert 30 < f2.calls + quick.calls / 4 <= 40
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+def test_owl_keeps_the_mean_and_gives_blocks_with_more_outliers_less_sparsity_at_most_lambda_off(sparsity):
+    shares = torch.tensor([0.1, 4.0, 0.5, 0.5, 2.0, 1.0, 3.0, 0.2], dtype=torch.float64)
+    for lam in (0.04, 0.08):
+        x = baselines.owl(shares, sparsity, counted, lam)
+        assert abs(counted(x) - sparsity) <= STEP
+        assert x.argsort(stable=True).tolist()[:3] == [1, 6, 4] and x.max() - x.min() == pytest.approx(2 * lam, abs=0.01)
+    level = baselines.owl(torch.ones(BLOCKS, dtype=torch.float64), sparsity, counted)
+    assert abs(level - sparsity).max() <= 1e-3                                               # no outliers to tell blocks apart
+    best = baselines.owl_best({3: shares, 5: shares.flip(0)}, sparsity, counted, Toy())
+    assert Toy()(best) == min(Toy()(baselines.owl(s, sparsity, counted, l)) for s in (shares, shares.flip(0)) for l in (0.04, 0.08, 0.12))
+
+
+def test_outlier_shares_equal_counting_scores_above_m_times_their_mean(small):
+    model, _ = load_llama(small)
+    tokens = torch.randint(3, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
+    inputs = {}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_hook(lambda m, args, out, name=name: inputs.__setitem__(name, args[0].flatten(0, 1).double().norm(dim=0)))
+    with torch.no_grad():
+        model(tokens)
+    shares = baselines.outlier_shares(load_llama(small)[0], tokens)
+    for i, block in enumerate(model.blocks):
+        scores = np.concatenate([(block.get_submodule(n).weight.abs().double() * inputs[f"model.layers.{i}.{n}"]).flatten().numpy() for n in LINEARS])
+        for m, found in shares.items():
+            assert float(found[i]) == pytest.approx(100 * np.mean(scores > m * scores.mean()), abs=0.01)     # float32: one score in 10,000
+
+
+def test_a_gp_for_one_request_spends_its_budget_keeps_the_count_and_beats_uniform():
+    f2 = Toy()
+    x = baselines.gp_search(f2, 0.5, BLOCKS, counted, 18, steps=60)
+    assert f2.calls == 18 and abs(counted(x) - 0.5) <= STEP and Toy()(x) < 0.9 * uniform_f2(0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------- the comparison
+def call(module, *words):
+    """The script in this process, as from the command line: its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, words)])
+        try:
+            run(module.main)
+        except SystemExit as end:
+            return end.code
+    return 0
+
+
+def options(small, text, out):
+    return ("--model", small, "--data", text, "--device", "cpu", "--dtype", "float32", "--seqlen", 64, "--calibration", 4, "--tokens", 256,
+            "--test-tokens", 256, "--out", out)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Algorithm 1 with a first design of 6 and one round of 2, a few steps of training."""
+    monkeypatch.setattr(bench, "search", lambda measure, blocks, **k: train.search(measure, blocks, **{
+        **k, "initial": 6, "rounds": 1, "batch": 2, "steps": 10, "final_steps": 20}))
+
+
+def test_the_comparison_writes_and_prints_a_table_of_finite_numbers_with_uniform_as_its_unit(small, text, tmp_path, short, capsys):
+    assert call(bench, *options(small, text, tmp_path), "--budget", 8, "--requests", 16, "--seeds", 2, "--constant", "--magnitude") == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    rows = {r["method"]: r for r in result["table"]}
+    assert {"uniform", "UniCuCo", "UniCuCo, constant mean", "GP per request", "magnitude, uniform", "EvoPress, 8 each"} <= rows.keys()
+    for r in rows.values():
+        numbers = [r["evaluations"], r["seconds"], r["seconds_shared"], r["seconds_per_request"],
+                   *(v for key in ("ratio", "spread", "worst") for v in r[key].values()), *(p for t in r["perplexity"].values() for p in t.values())]
+        assert all(math.isfinite(n) and n >= 0 for n in numbers), r
+    name, = rows["uniform"]["ratio"]
+    assert rows["uniform"]["ratio"][name] == 1 and rows["uniform"]["evaluations"] == 0
+    assert rows["UniCuCo"]["evaluations"] == 8                             # of the short search, whatever the number of requests
+    assert rows["EvoPress, 8 each"]["evaluations"] == 8 * 16
+    for seed in result["seeds"]:                                           # all methods at the same count, to one step; the ratios are theirs
+        for method, judged in seed["judged"].items():
+            for s, j in judged.items():
+                assert abs(j["counted"] - seed["judged"]["uniform"][s]["counted"]) <= 1 / (3 * 64)
+    means = [statistics.geometric_mean(j[name][0] / seed["judged"]["uniform"][s][name][0] for s, j in seed["judged"]["UniCuCo"].items())
+             for seed in result["seeds"]]
+    assert rows["UniCuCo"]["ratio"][name] == pytest.approx(statistics.mean(means), rel=1e-12)
+    printed = capsys.readouterr().out
+    assert all(f"\n{method} " in printed for method in rows) and "At equal quality" in printed and str(tmp_path / "bench.json") in printed
+
+
+def test_full_serves_every_request_and_extrapolates_nothing(small, text, tmp_path, short, capsys):
+    assert call(bench, *options(small, text, tmp_path), "--budget", 8, "--requests", 2, "--full") == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert {0.2, 0.75} <= set(result["served"]) and not any(r["extrapolated"] for r in result["table"])
+    assert all(v is None for r in result["table"] for v in r["spread"].values())             # one seed has no spread
+    assert "All were served." in capsys.readouterr().out
+
+
+def test_stages_are_timed_against_their_floors_and_leave_the_model_as_it_was(small, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "botorch", None)                      # as where it is not installed
+    threads = torch.get_num_threads()
+    assert call(bench, *options(small, text, tmp_path), "--stages") == 0
+    rows = json.loads((tmp_path / "stages.json").read_text())["rows"]
+    assert {"rank one block", "64 masks from one ranking", "one evaluation of f2", "unpack one matrix, 1 thread"} <= {r["stage"] for r in rows}
+    assert all(r["ratio"] > 0 and r["seconds"] > 0 and math.isfinite(r["ratio"]) for r in rows)
+    assert torch.get_num_threads() == threads and "not measured, pip install botorch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module,words", [
+    (bench, ("--budget", 4)), (bench, ("--requests", 0)), (bench, ("--seeds", "x")), (bench, ("--model", "nowhere")), (bench, ("--nonsense",)),
+    (bench, ("--data", "nowhere.txt")), (plot, ("--run", "nowhere"))])
+def test_bad_arguments_give_one_line_and_exit_code_2(module, words, capsys):
+    assert call(module, *words) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.strip().splitlines()) == 1 and captured.err.startswith(module.__name__ + ".py: ")
+
+
+# ----------------------------------------------------------------------------------------------------------------- figures
+def test_figures_are_drawn_of_what_a_run_wrote_and_are_the_same_bytes_twice(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    torch.manual_seed(0)
+    x = unicuco.first_design(12, 4, torch.Generator().manual_seed(0))
+    measured = [{"round": i // 6, "strategy": s.tolist(), "predicted": (float((s ** 2).sum()) * 1.1) if i >= 6 else None, "measured": float((s ** 2).sum())}
+                for i, s in enumerate(x)]
+    y = torch.tensor([math.log(e["measured"]) for e in measured], dtype=torch.float64)
+    unicuco.save_stratnet(tmp_path / "stratnet.safetensors", unicuco.StratNet(4), unicuco.Scale.of(y), x, y, {"mean": "blocks"})
+    rows = [{"method": m, "sparsity": s, "counted": s, "kl": s ** 2, "ppl": 9.0, "test": "text"} for s in (0.3, 0.5, 0.7) for m in ("uniform", "unicuco")]
+    (tmp_path / "measured.json").write_text(json.dumps(measured))
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    assert call(plot, "--run", tmp_path, "--out", tmp_path / "first") == 0
+    assert "wrote blocks, front, prediction (png, svg)" in capsys.readouterr().out           # no bench.json, no bars
+    table = [{"method": m, "seconds": 9.0 * i, "seconds_shared": 1.0, "extrapolated": i > 1} for i, m in enumerate(("uniform", "UniCuCo", "EvoPress"))]
+    (tmp_path / "bench.json").write_text(json.dumps({"requests": 64, "table": table}))
+    assert call(plot, "--run", tmp_path) == 0
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in ("first", "figures"))
+    assert set(second) == {f"{n}.{kind}" for n in ("blocks", "front", "prediction", "bars") for kind in ("png", "svg")}
+    assert all(second[name] == data for name, data in first.items()) and all(len(data) > 5000 for data in second.values())
