@@ -5,6 +5,7 @@ Run       pytest test_comparison.py
 """
 import json
 import math
+import re
 import statistics
 import sys
 
@@ -179,6 +180,15 @@ def test_stages_are_timed_against_their_floors_and_leave_the_model_as_it_was(sma
     assert torch.get_num_threads() == threads and "not measured, pip install botorch" in capsys.readouterr().out
 
 
+def test_the_gp_fits_as_well_as_botorchs(monkeypatch):
+    pytest.importorskip("botorch")
+    rows = []
+    monkeypatch.setattr(bench, "race", lambda *functions, repeats=5: [f() and 1.0 or 1.0 for f in functions])        # once each, not timed
+    bench.gp_stages(lambda *row: rows.append(row))
+    theirs, ours = map(float, re.search(r"likelihood ([\d.-]+) / ([\d.-]+)", rows[0][1]).groups())
+    assert len(rows) == 2 and ours > theirs - 0.5                          # nats, of 200 values; no priors on either side
+
+
 @pytest.mark.parametrize("module,words", [
     (bench, ("--budget", 4)), (bench, ("--requests", 0)), (bench, ("--seeds", "x")), (bench, ("--model", "nowhere")), (bench, ("--nonsense",)),
     (bench, ("--data", "nowhere.txt")), (plot, ("--run", "nowhere"))])
@@ -208,3 +218,6 @@ def test_figures_are_drawn_of_what_a_run_wrote_and_are_the_same_bytes_twice(tmp_
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in ("first", "figures"))
     assert set(second) == {f"{n}.{kind}" for n in ("blocks", "front", "prediction", "bars") for kind in ("png", "svg")}
     assert all(second[name] == data for name, data in first.items()) and all(len(data) > 5000 for data in second.values())
+    (tmp_path / "measured.json").write_text(json.dumps(measured[:6]))                        # --rounds 0: nothing was ever predicted
+    assert call(plot, "--run", tmp_path, "--out", tmp_path / "early") == 0
+    assert {p.stem for p in (tmp_path / "early").iterdir()} == {"blocks", "front", "bars"}
