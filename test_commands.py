@@ -5,9 +5,11 @@ Run       pytest test_commands.py
 """
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,14 +161,11 @@ def test_a_tokenizer_json_works_like_its_library_and_says_which_package_it_needs
 
 
 def test_ctrl_c_is_one_line_with_a_hint_and_130_and_a_closed_pipe_is_no_error(capsys):
-    class interrupted:
-        __name__ = "interrupted"
-
-        def main():
-            raise KeyboardInterrupt
+    def interrupted():
+        raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as end:
-        llama.run(interrupted.main, ": a hint")
+        llama.run(interrupted, ": a hint")
     assert end.value.code == 130 and capsys.readouterr().err == "\ninterrupted: a hint\n"
     program = "from llama import run\nrun(lambda: [print('x' * 1000) for _ in range(1000)])"
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -250,15 +249,15 @@ def test_a_folder_comes_back_when_its_replacement_fails(tmp_path):
         with prune.new_folder(tmp_path / "model", force=True) as folder:
             (folder / "new").write_text("half")
             raise RuntimeError("the disk is full")
-    rename = prune.os.replace
+    rename = os.replace
 
     def fails(source, target):
-        if (prune.Path(source) / "new").exists():
+        if (Path(source) / "new").exists():
             raise OSError("no")
         rename(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune.os, "replace", fails)
+        patch.setattr(os, "replace", fails)
         with pytest.raises(OSError):
             with prune.new_folder(tmp_path / "model", force=True) as folder:
                 (folder / "new").write_text("whole")

@@ -19,7 +19,7 @@ import plot
 import train
 import unicuco
 from llama import load_llama, run
-from prune import LINEARS, Pruner
+from prune import LINEARS
 from test_unicuco import ROOT, write_small
 
 BLOCKS = 8

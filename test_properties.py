@@ -287,7 +287,7 @@ def test_a_wish_for_a_kl_is_met_though_the_surrogate_is_wrong_and_more_sparsity_
     assert wishes.largest(lambda s: s <= 0.37) == pytest.approx(0.37, abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ batches of any size
+# -------------------------------------------------------------------------------------------------- strangers' checkpoints
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_checkpoint_that_transformers_made_itself_biases_included_gives_its_logits(family, tokens, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -303,6 +303,7 @@ def test_a_checkpoint_that_transformers_made_itself_biases_included_gives_its_lo
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()                           # float32
 
 
+# ------------------------------------------------------------------------------------------------------ batches of any size
 def test_kl_perplexity_bits_and_choices_do_not_depend_on_how_tokens_are_batched(tokens, monkeypatch):
     model, g = random_model(), torch.Generator().manual_seed(0)
     pairs = [(torch.randint(3, 512, (n,), generator=g).tolist(), n // 3 + 1) for n in (4, 9, 9, 30, 127, 140, 200)]
