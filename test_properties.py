@@ -628,7 +628,7 @@ print(answer())
 
 def test_hash_seed_locale_and_the_order_of_files_on_disk_change_nothing():
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    other = subprocess.run([sys.executable, "-c", SHUFFLED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    other = subprocess.run([sys.executable, "-c", SHUFFLED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert other.stdout.strip() == answer(), other.stderr
 
 
