@@ -55,7 +55,7 @@ def read_documents(path):
     try:
         raw = path.read_bytes().decode("utf-8")
         if path.suffix == ".jsonl":
-            documents = [row["text"] + "\n\n" for row in map(json.loads, raw.splitlines())]
+            documents = [row["text"] + "\n\n" for row in map(json.loads, filter(str.strip, raw.split("\n")))]
         else:
             documents = [wikitext(raw) if path.suffix == ".raw" else raw]
     except OSError as error:

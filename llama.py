@@ -3,7 +3,7 @@ A Llama in plain PyTorch: read a Hugging Face folder, run it, write it back bit 
 
 Source    Llama 2 and 3 (arXiv 2307.09288, 2407.21783); weight names and the half-split rotary layout are Hugging Face's,
           so that loading is one checked copy and nothing is permuted.
-Reading   1 of 6. Next: eval.py. Imports nothing from this folder.
+Reading   1 of 6. Next: eval.py. Imports packed.py alone, which can be skipped at first.
 Shapes    B sequences, T tokens, D model width, H query heads, G key-value heads, d head width, V vocabulary.
 Not here  training code (tiny/make.py has it), quantised weights, sliding-window attention, any rotary scaling but linear and llama3.
 
@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from packed import dense_name, pack, unpack
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,18 +58,20 @@ class Config:
         """Config of the file `path`; ValueError for an architecture or a setting that this file does not compute."""
         raw = read_json(path)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: rope_parameters = {rope!r:.60} is not an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         for name, value, computed in (
                 ("model_type", raw.get("model_type"), ("llama", "mistral", "qwen2")), ("rotary scaling", kind, ("default", "linear", "llama3")),
                 ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)), ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
                 ("quantization_config", raw.get("quantization_config"), (None,))):
             if value not in computed:
-                raise ValueError(f"{path}: {name} = {value!r} is not supported, only {', '.join(map(str, computed))}")
+                raise ValueError(f"{path}: {name} = {value!r:.60} is not supported, only {', '.join(map(str, computed))}")
 
         def number(key, default=None, at_most=2**24, where=raw, types=(int,)):
             value = default if where.get(key) is None else where[key]
             if type(value) not in types or not 0 < value <= at_most:
-                raise ValueError(f"{path}: {key} = {value!r} is not a number of this kind from above 0 to {at_most}")
+                raise ValueError(f"{path}: {key} = {value!r:.60} is not a number of this kind from above 0 to {at_most}")
             return value
 
         def real(key, default, where=raw):
@@ -199,29 +203,41 @@ class Tokenizer:
             if (folder / "tokenizer.model").exists():
                 import sentencepiece
                 sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-                self.encode = self.encode_batch = sp.encode            # a list of texts goes over all cores
-                self.decode, size, adds_bos, self.bos_id, self.eos_id = sp.decode, sp.get_piece_size(), True, sp.bos_id(), sp.eos_id()
+                self.ids, size, adds_bos, self.bos_id, self.eos_id = sp.encode, sp.get_piece_size(), True, sp.bos_id(), sp.eos_id()
+                self.decode = lambda ids: sp.decode([i for i in ids if i < size])          # a model may have more tokens
             else:
                 import tokenizers
                 fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-                self.encode_batch = lambda texts: [e.ids for e in fast.encode_batch(texts, add_special_tokens=False)]
-                self.encode = lambda text: self.encode_batch([text])[0]
+                fast.no_truncation(), fast.no_padding()                # both can be set in the file, for training
+                self.ids = lambda text: ([e.ids for e in fast.encode_batch(text, add_special_tokens=False)] if isinstance(text, list)
+                                         else fast.encode(text, add_special_tokens=False).ids)
                 self.decode = lambda ids: fast.decode(ids, skip_special_tokens=False)
                 self.bos_id, self.eos_id = config.get("bos_token_id"), config.get("eos_token_id")
-                size, adds_bos = fast.get_vocab_size(with_added_tokens=True), fast.encode("a").ids[:1] == [self.bos_id]
+                size, adds_bos = max(fast.get_vocab(with_added_tokens=True).values()) + 1, fast.encode("a").ids[:1] == [self.bos_id]
         except ImportError as error:
             raise ValueError(f"the tokenizer of {folder} needs one more package: pip install {error.name}") from None
         except Exception as error:          # both libraries raise what they like, a bare Exception included, on a broken file
             raise ValueError(f"{folder} has no tokenizer.model or tokenizer.json that can be read: {first_line(error)}") from None
         if size > vocab_size:
             raise ValueError(f"the tokenizer of {folder} has {size} tokens, its model only {vocab_size}: they do not belong together")
-        self.eos_id = (self.eos_id if isinstance(self.eos_id, list) else [self.eos_id])[0]
+        self.eos_id = self.eos_id[0] if isinstance(self.eos_id, list) and self.eos_id else self.eos_id
+        for name, token in (("bos_token_id", self.bos_id), ("eos_token_id", self.eos_id)):
+            if token is not None and not (type(token) is int and -1 <= token < vocab_size):
+                raise ValueError(f"{folder}: {name} = {token!r:.60} is none of the model's {vocab_size} tokens")
         self.adds_bos = bool(settings.get("add_bos_token", adds_bos)) and self.bos_id is not None and self.bos_id >= 0
+
+    def encode(self, text):
+        """Token ids of a text; of a list of texts, over all cores, a list of them. ValueError for what is no text, as half a surrogate pair."""
+        try:
+            return self.ids(text)
+        except Exception as error:
+            raise ValueError(f"the tokenizer cannot encode this text: {first_line(error)}") from None
+    encode_batch = encode
 
 
 # -------------------------------------------------------------------------------------------------------- reading, writing
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def read_json(path):
@@ -245,18 +261,14 @@ def open_weights(path):
     return f
 
 
-def dense_name(name):
-    """The parameter that a stored tensor belongs to: NAME.mask and NAME.kept are the packed form of NAME."""
-    return name.removesuffix(".mask").removesuffix(".kept")
-
-
 def weight_files(folder):
     """{file: {tensor: (shape, dtype)}} of a checkpoint folder, weights unread; ValueError where index and shards disagree."""
     index, single = Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
     if not (index.exists() or single.exists()):
         raise ValueError(f"{folder} holds neither {single.name} nor {index.name}")
     promised = read_json(index).get("weight_map") if index.exists() else {}
-    if not (isinstance(promised, dict) and all(isinstance(v, str) and Path(v).name == v for v in promised.values())):
+    if not (isinstance(promised, dict) and all(isinstance(v, str) and Path(v).name == v and v.endswith(".safetensors") and v.isprintable()
+                                               for v in promised.values())):
         raise ValueError(f"{index}: weight_map does not map tensor names to files of this folder")
     files = {}
     for path in sorted({index.with_name(v) for v in promised.values()}) if index.exists() else [single]:
@@ -264,7 +276,7 @@ def weight_files(folder):
             files[path] = {name: (tuple(f.get_slice(name).get_shape()), f.get_slice(name).get_dtype()) for name in f.keys()}
         wrong = set(map(dense_name, files[path])) ^ {name for name, v in promised.items() if v == path.name}
         if index.exists() and wrong:
-            raise ValueError(f"{path} and the index disagree about the tensor {min(wrong)}")
+            raise ValueError(f"{path} and the index disagree about the tensor {min(wrong)!r:.200}")
     return files
 
 
@@ -273,18 +285,19 @@ def check_tensors(folder, files, expected):
     floats, missing = ("F16", "BF16", "F32"), set(expected)
     for path, tensors in files.items():
         for name, (shape, dtype) in tensors.items():
-            owner = dense_name(name)
-            if owner.endswith("rotary_emb.inv_freq"):                  # old Llama 2 files carry it; it is computed here
+            if name.endswith("rotary_emb.inv_freq") and dtype in floats:       # old Llama 2 files carry it; it is computed here
                 continue
-            if owner not in missing and not name.endswith(".kept") or owner not in expected:
-                raise ValueError(f"{path}: tensor {name} does not belong to this model, or is there twice")
-            right, dtypes = expected[owner], floats
-            if name.endswith(".mask") and owner + ".kept" in tensors:
+            owner = dense_name(name)
+            right, dtypes = expected.get(owner), floats
+            half = owner != name and not {owner + ".mask", owner + ".kept"} <= set(tensors)
+            if right is None or half or owner != name and len(right) != 2 or owner not in missing and not name.endswith(".kept"):
+                raise ValueError(f"{path}: tensor {name!r:.200} does not belong to this model, or is there twice or in half")
+            if name.endswith(".mask"):
                 right, dtypes = (right[0], -(-right[-1] // 8)), ("U8",)
-            elif name.endswith(".kept") and owner + ".mask" in tensors:
+            elif name.endswith(".kept"):
                 right = shape[:1]
             if shape != right or dtype not in dtypes:
-                raise ValueError(f"{path}: tensor {name} has shape {shape} and dtype {dtype}, not {right} and {' or '.join(dtypes)}")
+                raise ValueError(f"{path}: tensor {name} has shape {shape!s:.60} and dtype {dtype}, not {right} and {' or '.join(dtypes)}")
             missing -= set() if name.endswith(".kept") else {owner}
     if missing:
         raise ValueError(f"{folder}: tensor {min(missing)} is missing")
@@ -298,22 +311,6 @@ def read_tensors(path, names, d_in):
                 yield name[:-5], unpack(f.get_tensor(name), f.get_tensor(name[:-5] + ".kept"), d_in[name[:-5]], name)
             elif not name.endswith(".kept"):
                 yield name, f.get_tensor(name)
-
-
-def pack(W, kept):
-    """Survivors of W (d_out, d_in) -> mask (d_out, ceil(d_in / 8)) uint8, bit j % 8 of byte j // 8 for column j, and values (count,)."""
-    bits = F.pad(kept, (0, -kept.shape[1] % 8)).view(len(kept), -1, 8)
-    return (bits * (1 << torch.arange(8))).sum(-1, dtype=torch.uint8), W[kept]
-
-
-def unpack(mask, values, d_in, name=""):
-    """The inverse of `pack`, +0.0 where nothing was kept; ValueError when mask and values do not fit together."""
-    table = (torch.arange(256)[:, None] >> torch.arange(8) & 1).bool()
-    kept = table.index_select(0, mask.flatten().int()).view(len(mask), -1)
-    place = kept[:, :d_in].flatten().cumsum(0, dtype=torch.int32)
-    if int(kept.sum()) != len(values) or kept[:, d_in:].any():
-        raise ValueError(f"packed tensor {name} keeps {int(kept.sum())} weights, but {len(values)} values are there")
-    return torch.cat([values.new_zeros(1), values]).index_select(0, place.mul_(kept[:, :d_in].flatten())).view(len(mask), d_in)
 
 
 def load_llama(path, device="cpu", dtype=torch.float32):
@@ -356,6 +353,8 @@ def save_llama(model, folder, source, masks=None, packed=False):
     packed    pruned matrices as NAME.mask and NAME.kept, see `pack`: load_llama reads it, other tools do not
     """
     folder, source = Path(folder), Path(source)
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"{folder} cannot be written while it is read: save to another folder")
     folder.mkdir(parents=True, exist_ok=True)
     live = dict(model.named_parameters())
     for path, names in weight_files(source).items():
@@ -374,7 +373,7 @@ def save_llama(model, folder, source, masks=None, packed=False):
         save_file(tensors, folder / path.name, {"format": "pt", "unicuco_packed": "1"} if packed else {"format": "pt"})
         (folder / path.name).chmod(0o644)
     for path in source.iterdir():
-        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "strategy.json":
+        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "strategy.json" and path.is_file():
             shutil.copyfile(path, folder / path.name)
 
 
@@ -393,8 +392,10 @@ def generate(model, tokens, count, temperature=0.0, seed=0):
     start, step = 0, torch.tensor([tokens], device=like.device)
     for _ in range(count):
         h = model.hidden(step, [(k, v, start) for k, v in zip(keys, values)])
-        logits = model.head(h[:, -1]).float()[0].cpu()
-        token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator) if temperature > 0 else logits.argmax())
+        logits = model.head(h[:, -1]).float()[0].cpu() / (temperature or 1)
+        if not logits.isfinite().all():
+            raise ValueError(f"the model's logits are NaN or infinite (computed in {like.dtype}, at temperature {temperature})")
+        token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator) if temperature > 0 else logits.argmax())
         yield token
         start, step = start + step.shape[1], torch.tensor([[token]], device=like.device)
 
@@ -462,7 +463,7 @@ def run(main, hint=""):
     except KeyboardInterrupt:
         print(f"\ninterrupted{hint}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:          # the last: a full disk while weights are written
         fail(error)
 
 
@@ -480,8 +481,7 @@ def main():
         raise ValueError("--tokens must be at least 1 and --temperature at least 0")
     device, dtype, reason = choose_device(a.device, a.dtype)
     if a.compare:
-        width = max(shutil.get_terminal_size().columns // 2 - 2, 20)
-        columns = []
+        width, columns = max(shutil.get_terminal_size().columns // 2 - 2, 20), []
         for folder in a.compare:
             text = a.prompt + "".join(stream(*load_llama(folder, device, dtype), a.prompt, a.tokens, a.temperature, a.seed))
             columns.append([str(folder), "", *(w for line in text.splitlines() for w in textwrap.wrap(line, width, drop_whitespace=False) or [""])])

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from llama import Parser, read_json, run
+from outputs import replacing
 from unicuco import load_stratnet, strategy_for
 
 # Okabe and Ito's colours, told apart by colour-blind readers too
@@ -111,7 +112,8 @@ def main():
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         draw(axes)
         for kind in ("png", "svg"):
-            figure.savefig(out / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+            with replacing(out / f"{name}.{kind}") as partial:
+                figure.savefig(partial, dpi=150, metadata={"Date": None} if kind == "svg" else None)
         plt.close(figure)
     print(f"wrote {', '.join(figures)} (png, svg) into {out}")
 

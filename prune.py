@@ -9,12 +9,8 @@ Not here  weight updates (SparseGPT), structured pruning.
 Laptop    python prune.py --sparsity 0.5                  (15 s; ends with the folder that it wrote)
 Full      python prune.py --model ~/Llama-2-7b-hf --data c4.jsonl --sparsity 0.3 0.5 0.7
 """
-import contextlib
 import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +22,7 @@ from eval import Divergence, batches, draw, load_texts, sha256
 from gp import GaussianProcess
 from llama import Parser, add_model, choose_device, load_llama, run, save_llama
 from offload import offload_blocks
+from outputs import new_folder, write_text
 from unicuco import load_stratnet, strategy_for
 from wishes import KINDS, Unreachable, packed_bytes, parse_request, read_requests, strategy_of
 
@@ -242,40 +239,6 @@ class Pruner:
 
 
 # --------------------------------------------------------------------------------------------------------------- requests
-def write_text(path, text):
-    """Write the file `path` beside its place, then rename: a reader sees the old text or the new one, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def new_folder(path, force=False):
-    """A folder that appears under its name only when it is complete: yields a hidden neighbour, renamed at the end."""
-    path = Path(path)
-    if path.exists() and not (force and path.is_dir()):
-        raise ValueError(f"{path} exists already; --force replaces a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    old = partial.with_name(partial.name + ".old")
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(partial, path)
-    finally:
-        if old.exists() and not path.exists():              # the second rename failed: the old folder comes back
-            os.replace(old, path)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def find_stratnet(path, model_folder, blocks):
     """StratNet from `path`, else out/<model name>/, else the model's folder; see `load_stratnet` for what comes back."""
     places = [path] if path else [Path("out") / model_folder.resolve().name / "stratnet.safetensors", model_folder / "stratnet.safetensors"]

@@ -117,7 +117,7 @@ def test_shards_load_like_one_file_and_each_flaw_is_refused_by_name(small, tmp_p
 
     up = "model.layers.1.mlp.up_proj.weight"
     flaws = [({n: w for n, w in weights.items() if n != up}, up + " is missing"),
-             ({**weights, "model.layers.9.x": weights[up].clone()}, "model.layers.9.x does not belong"),
+             ({**weights, "model.layers.9.x": weights[up].clone()}, "model.layers.9.x' does not belong"),
              ({**weights, up: weights[up][1:].clone()}, up + " has shape"),
              ({**weights, up: weights[up].double()}, "and dtype F64"),
              ({**weights, up: weights[up] * math.nan}, up + " holds NaN")]

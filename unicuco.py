@@ -2,7 +2,7 @@
 UniCuCo: one network, StratNet, that maps any request to its best pruning strategy.
 
 Source    UniCuCo (arXiv 2505.12216); Pareto set learning with a surrogate as in PSL-MOBO (Lin et al., arXiv 2210.08495).
-Reading   4 of 6. Before: gp.py. Next: prune.py. Imports nothing else from this folder; knows nothing of language models.
+Reading   4 of 6. Before: gp.py. Next: prune.py. Imports outputs.py alone; knows nothing of language models.
 Shapes    B requests, d blocks, n strategies measured, c candidates.
 Not here  the loop that measures strategies: train.py.
 
@@ -17,14 +17,14 @@ Not here  the loop that measures strategies: train.py.
 """
 import json
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from outputs import replacing
 
 MAX = 0.9                           # no block loses more
 IDEAL = -0.05                       # z*, the same for both scaled objectives
@@ -216,11 +216,10 @@ def scattered(strategies, generator, by=0.2):
 # -------------------------------------------------------------------------------------------------------------- on disk
 def save_stratnet(path, net, scale, X, y, about):
     """StratNet, its scale and the measured strategies X (n, d), y (n,) in one safetensors file; `about`: settings, as JSON."""
-    path = Path(path)
     tensors = dict(net.state_dict()) | {"X": X.double(), "y": y.double()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"about": json.dumps(about | {"lo": scale.lo, "hi": scale.hi})})
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"about": json.dumps(about | {"lo": scale.lo, "hi": scale.hi})})
+        partial.chmod(0o644)
 
 
 def load_stratnet(path, blocks):
@@ -229,12 +228,19 @@ def load_stratnet(path, blocks):
         with safe_open(path, framework="pt") as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
             about = json.loads(f.metadata()["about"])
+        if not all(t.dtype == torch.float64 and t.isfinite().all() for t in tensors.values()):
+            raise ValueError("a tensor is not float64, or not finite")
         X, y = tensors.pop("X"), tensors.pop("y")
         depth, scale = len(tensors["layers.4.bias"]), Scale(float(about["lo"]), float(about["hi"]))
-        net = StratNet(depth)
-        net.load_state_dict(tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no StratNet that can be read: {str(error).splitlines()[0]}") from None
+        if not (X.shape == (*y.shape, depth) and len(y) and X.min() >= 0 and X.max() <= MAX and -math.inf < scale.lo < scale.hi < math.inf):
+            raise ValueError("its strategies, values and scale do not fit together")
+        if about["mean"] not in ("blocks", "constant"):
+            raise ValueError("the mean of its surrogate is unknown")
+        with torch.device("meta"):                         # nothing is allocated for what the file only claims
+            net = StratNet(depth)
+        net.load_state_dict(tensors, assign=True)
+    except Exception as error:                             # a file that anyone may have written can be wrong in any way
+        raise ValueError(f"{path} is no StratNet that can be read: {' '.join(str(error).split())[:200]}") from None
     if depth != blocks:
         raise ValueError(f"{path} is a StratNet for {depth} blocks, the model has {blocks}: python train.py --model DIR makes one")
     return net.eval(), scale, X, y, about

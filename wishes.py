@@ -24,7 +24,7 @@ def parse_request(raw, name=None):
     if len(kinds) != 1 or set(raw) - {*KINDS, "name"}:
         raise ValueError(f"a request is one of {', '.join(KINDS)}, with a name if you like, not {json.dumps(raw)[:80]}")
     kind, text = kinds[0], str(raw[kinds[0]])
-    match = re.fullmatch(r"([0-9.eE+-]+)\s*([kMG]?)B?", text) if kind == "max_size" else re.fullmatch(r"([0-9.eE+-]+)()", text)
+    match = re.fullmatch(r"([0-9.eE+-]+) *([kMG]?)B?", text) if kind == "max_size" else re.fullmatch(r"([0-9.eE+-]+)()", text)
     try:
         value = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]
     except (TypeError, ValueError):

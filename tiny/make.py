@@ -8,7 +8,6 @@ Run       python -m tiny.make              writes tiny/{config.json, model.safet
 import argparse
 import io
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from eval import bits_per_byte, stdlib_files
 from llama import Config, Llama, load_llama, run
-from prune import write_text
+from outputs import replacing, write_text
 
 FIELDS = dict(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=12, num_attention_heads=3,
               num_key_value_heads=1, head_dim=64, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0,
@@ -39,7 +38,8 @@ def train_tokenizer(text, path):
         normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, byte_fallback=True,
         user_defined_symbols=indents, split_by_unicode_script=False,
         allow_whitespace_only_pieces=True, character_coverage=0.9999, max_sentence_length=1 << 20, num_threads=1, minloglevel=2)
-    path.write_bytes(model.getvalue())
+    with replacing(path) as partial:
+        partial.write_bytes(model.getvalue())
 
 
 def window_batch(tokens, T, batch, step):
@@ -67,8 +67,8 @@ def save(path, master, optimizers, step, seconds):
     for i, optimizer in enumerate(optimizers):
         for key, entry in optimizer.state_dict()["state"].items():
             state.update({f"optimizer{i}/{key}/{n}": torch.as_tensor(v).clone() for n, v in entry.items()})
-    save_file(state, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    with replacing(path) as partial:
+        save_file(state, partial)
 
 
 def restore(path, master, optimizers):
@@ -97,8 +97,9 @@ def learning_rate(step, steps, warmup=40, flat=0.4):
 def write_model(folder, master, sp):
     """The trained weights as a Hugging Face folder in float16."""
     weights = {n: p.detach().half().contiguous() for n, p in master.items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)
+    with replacing(folder / "model.safetensors") as partial:
+        save_file(weights, partial, {"format": "pt"})
+        partial.chmod(0o644)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **FIELDS, "attention_bias": False,
               "mlp_bias": False, "bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id(), "torch_dtype": "float16"}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
