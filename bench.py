@@ -9,6 +9,7 @@ Full      python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --bud
 """
 import json
 import math
+import re
 import statistics
 import time
 import warnings
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from baselines import evopress, gp_search, outlier_shares, owl_best, uniform
-from eval import Divergence, sha256
+from eval import CHUNK, Divergence, sha256
 from gp import GaussianProcess
 from llama import Config, Llama, Parser, add_model, choose_device, pack, read_json, run, unpack, weight_files
 from prune import LINEARS, Pruner, activation_norms, rank, setting, wanda, write_text
@@ -89,7 +90,7 @@ def serve(memory, pruner, divergence, quick, shares, requests, a, seed, bar):
 
     def learned(mean):
         started, before = time.perf_counter(), f2.tokens
-        net, *_ = search(lambda batch: [f2(x) for x in batch], blocks, a.initial, a.rounds, mean=mean, seed=seed)
+        net, *_ = search(lambda batch: [f2(x) for x in batch], blocks, initial=a.initial, rounds=a.rounds, mean=mean, seed=seed)
         shared, evaluations = time.perf_counter() - started, (f2.tokens - before) / tokens
         return {"shared": shared, "evaluations": (evaluations, 0.0), "strategies": {str(s): timed(lambda s: strategy_for(net, s, counted), s)[:2] for s in requests}}
 
@@ -228,6 +229,18 @@ def sort_anew(dense, live, norms, names, k):
         out.scatter_(1, lowest, 0)
 
 
+def peak(work):
+    """Bytes that `work` adds to this process at most, by Linux's own record of the most resident memory; None elsewhere."""
+    try:
+        work()
+        Path("/proc/self/clear_refs").write_text("5")       # the record starts anew
+        before = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        work()
+        return 1024 * (int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) - before)
+    except OSError:
+        return None
+
+
 @torch.inference_mode()
 def stages(model, windows, search_windows):
     """Rows (stage, what it is measured against, ratio, seconds, bar) of one run; 2 threads unless said."""
@@ -258,6 +271,13 @@ def stages(model, windows, search_windows):
     divergence, linears = Divergence(model, search_windows), [b.get_submodule(n) for b in model.blocks for n in LINEARS]
     inputs = {l.in_features: torch.randn(search_windows.numel(), l.in_features).to(l.weight) for l in [*linears, model.head]}
     whole, products = race(divergence, lambda: [l(inputs[l.in_features]) for l in [*linears, model.head, model.head]])
+    wide = Llama(Config(2**17, 512, 1024, 8, 8, 8, 64, 512)).eval()
+    for name, m, evaluation in (("", model, divergence), (", 128k vocabulary", wide, Divergence(wide, search_windows[:4]))):
+        used, held = peak(evaluation), sum(p.numel() * p.element_size() for p in m.parameters())
+        if used is not None:
+            row(f"memory of one evaluation of f2{name}", f"MB above what Pruner holds; the weights have {held / 1e6:.0f} MB, a chunk of logits "
+                f"{4 * CHUNK / 1e6:.0f}", used / 1e6, 0.0, "at most 0.3 of the weights and a chunk")
+    del wide
     row("one evaluation of f2", "its bare matrix products / ours", products / whole, whole, "at least 0.65 in float32, 0.55 in bfloat16")
 
     torch.set_num_threads(1)

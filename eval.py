@@ -158,7 +158,7 @@ class Divergence:
     """f2: KL(P_dense || P_pruned) in nats per token, the mean over all positions of windows (n, T).
 
     The dense side is recorded at construction, as final hidden states: (n T, D) instead of (n T, V), for the head is never pruned.
-    Calling it measures the model as it is now. Memory beyond that: one chunk of logits.
+    Calling it measures the model as it is now. Memory beyond that: three times CHUNK logits in float32.
     """
 
     @torch.inference_mode()
@@ -176,8 +176,8 @@ class Divergence:
         for w, dense in zip(batches(self.windows), self.dense):
             y = torch.cat([w[:, 1:], torch.full_like(w[:, :1], -1)], 1).flatten()        # -1: the last position has no target
             h = self.model.hidden(w).flatten(0, 1)
-            for (p, q), y in zip(chunks(self.model, dense, h), y.split(max(1, CHUNK // self.model.config.vocab_size))):
-                p, q = p.log_softmax(-1), q.log_softmax(-1)
+            for logits, y in zip(chunks(self.model, dense, h), y.split(max(1, CHUNK // self.model.config.vocab_size))):
+                q, p = logits.pop().log_softmax(-1), logits.pop().log_softmax(-1)       # popped, so that each is freed at once
                 loss = loss - (q.gather(1, y.clamp(min=0)[:, None])[:, 0] * (y >= 0)).sum(dtype=torch.float64)
                 kl = kl + p.exp().mul_(p.sub_(q)).sum(-1).sum(dtype=torch.float64)
         scored = self.windows.numel() - len(self.windows)

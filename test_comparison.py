@@ -139,7 +139,7 @@ def short(monkeypatch):
 
 
 def test_the_comparison_writes_and_prints_a_table_of_finite_numbers_with_uniform_as_its_unit(small, text, tmp_path, short, capsys):
-    assert call(bench, *options(small, text, tmp_path), "--budget", 8, "--requests", 16, "--seeds", 2, "--constant", "--magnitude") == 0
+    assert call(bench, *options(small, text, tmp_path), "--budget", 8, "--requests", 16, "--seeds", 2, "--methods", *bench.METHODS) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
     rows = {r["method"]: r for r in result["table"]}
     assert {"uniform", "UniCuCo", "UniCuCo, constant mean", "GP per request", "magnitude, uniform", "EvoPress, 8 each"} <= rows.keys()
@@ -151,15 +151,37 @@ def test_the_comparison_writes_and_prints_a_table_of_finite_numbers_with_uniform
     assert rows["uniform"]["ratio"][name] == 1 and rows["uniform"]["evaluations"] == 0
     assert rows["UniCuCo"]["evaluations"] == 8                             # of the short search, whatever the number of requests
     assert rows["EvoPress, 8 each"]["evaluations"] == 8 * 16
-    for seed in result["seeds"]:                                           # all methods at the same count, to one step; the ratios are theirs
-        for method, judged in seed["judged"].items():
-            for s, j in judged.items():
-                assert abs(j["counted"] - seed["judged"]["uniform"][s]["counted"]) <= 1 / (3 * 64)
-    means = [statistics.geometric_mean(j[name][0] / seed["judged"]["uniform"][s][name][0] for s, j in seed["judged"]["UniCuCo"].items())
-             for seed in result["seeds"]]
+    found = result["found"]
+
+    def judged(seed, method, s):
+        return found[f"{seed} {method} {s} on 256 tokens"]
+
+    for seed in range(2):                                                  # all methods at the same count, to one step; the ratios are theirs
+        for method in rows:
+            for s in bench.QUICK:
+                assert abs(judged(seed, method, s)["counted"] - judged(seed, "uniform", s)["counted"]) <= 1 / (3 * 64)
+    means = [statistics.geometric_mean(judged(seed, "UniCuCo", s)[name][0] / judged(seed, "uniform", s)[name][0] for s in bench.QUICK)
+             for seed in range(2)]
     assert rows["UniCuCo"]["ratio"][name] == pytest.approx(statistics.mean(means), rel=1e-12)
     printed = capsys.readouterr().out
     assert all(f"\n{method} " in printed for method in rows) and "At equal quality" in printed and str(tmp_path / "bench.json") in printed
+
+
+def test_a_comparison_that_was_stopped_goes_on_with_what_it_found_and_refuses_other_inputs(small, text, tmp_path, short, capsys):
+    words = (*options(small, text, tmp_path), "--budget", 8, "--requests", 16)
+    assert call(bench, *words, "--methods", "owl", "evopress") == 0
+    whole = json.loads((tmp_path / "bench.json").read_text())
+    half = {**whole, "found": dict(list(whole["found"].items())[:9])}      # calibration, 5 of uniform, 3 of OWL
+    (tmp_path / "bench.json").write_text(json.dumps(half))
+    assert call(bench, *words, "--methods", "owl", "evopress", "--resume") == 0
+    again = json.loads((tmp_path / "bench.json").read_text())
+    assert again["found"].keys() == whole["found"].keys()
+    same = {key for key, value in whole["found"].items() if again["found"][key] == value}           # what is found anew took other seconds
+    assert same >= set(half["found"]) and all(key in same for key in whole["found"] if " on " in key)
+    assert call(bench, *words, "--methods", "owl", "unicuco", "evopress", "--resume") == 0          # one more method later
+    assert [r["method"] for r in json.loads((tmp_path / "bench.json").read_text())["table"]][2] == "UniCuCo"
+    capsys.readouterr()
+    assert call(bench, *words, "--tokens", 128, "--resume") == 2 and "another tokens: 256, now 128" in capsys.readouterr().err
 
 
 def test_full_serves_every_request_and_extrapolates_nothing(small, text, tmp_path, short, capsys):
