@@ -7,7 +7,7 @@ Watched   other exceptions, longer messages, words on stderr, crashes of the int
           address space beyond the start, files opened for writing or left outside the scratch folder.
 How       a worker process makes input i from (seed, i) and says so before it reads it; it is started anew only after a crash or a hang.
 
-Run       python -m checks.fuzz                      (DURATION)
+Run       python -m checks.fuzz --count 10000 --hypothesis 300         (100 s of processor time; twice as much without arguments)
           python -m checks.fuzz --first 4711 --count 1 --keep failing     (one input again, its files kept when it fails)
 """
 import argparse
@@ -27,7 +27,7 @@ import time
 import warnings
 from pathlib import Path
 
-LIMIT = 10                      # seconds for one input
+LIMIT = 10                      # seconds for one input, at least half of them of processor time
 ROOM = 2**30                    # bytes of address space that a worker may add to what it starts with
 FIELDS = dict(model_type="llama", vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
               num_key_value_heads=1, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu", tie_word_embeddings=True,
@@ -383,6 +383,12 @@ def worker(a):
     say.write(f"good {json.dumps(results)}\n")
 
 
+def seconds_used(pid):
+    """Processor time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     p.add_argument("--count", type=int, default=20000, help="mutated inputs (20000)")
@@ -407,7 +413,11 @@ def main():
             process = subprocess.Popen(list(map(str, words)), cwd=Path(__file__).resolve().parents[1], stdout=subprocess.PIPE, bufsize=0)
             at, kind, finished, buffer = None, None, False, b""
             while True:
-                ready = select.select([process.stdout], [], [], LIMIT if at is not None else 120)[0]
+                since, ready = seconds_used(process.pid), []
+                for _ in range(60):                         # a worker that gets no processor does not hang
+                    ready = ready or select.select([process.stdout], [], [], LIMIT)[0]
+                    if ready or at is not None and seconds_used(process.pid) - since > LIMIT / 2:
+                        break
                 chunk = os.read(process.stdout.fileno(), 65536) if ready else b""
                 if not chunk:
                     break

@@ -1,0 +1,131 @@
+"""
+Disks that are full and folders that cannot be written: one line on stderr, exit code 2, and nothing half written.
+
+What      prune.py (plain, packed, --force over an old folder, --json) and train.py, where there is room for a part of the output only:
+          on a tmpfs of a few sizes where mounting is allowed, and everywhere with a limit on the size of a file (RLIMIT_FSIZE);
+          then into a folder below a file, and, unless run by root, into one without the right to write.
+Run       python -m checks.full_disk                 (57 runs, 20 s of processor time)
+"""
+import argparse
+import contextlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import prune
+import train
+from checks.kills import commands, contents, outcome, script
+
+
+@contextlib.contextmanager
+def small_disk(place, size):
+    """A file system of `size` bytes at `place`; yields False where mounting is not allowed."""
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", place], check=True)
+
+
+def limit(size):
+    """For `script`: no file may grow beyond `size` bytes."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def refused(main, words, before=lambda: None):
+    """Whether the script ended with exit code 2 and one line; it may succeed too."""
+    code, said, *_ = script(main, words, before)
+    assert code == 0 and not said or code == 2 and len(said.splitlines()) == 1 and "Traceback" not in said, (code, words, said)
+    return code == 2
+
+
+def check_prune(root, place, prune_line, before=lambda: None):
+    """Both layouts, onto nothing and, where it fits, over an old folder: (runs, refused)."""
+    runs = stopped = 0
+    for more in ([], ["--packed"]):
+        for over in (False, True):
+            out, table = place / "out" / "pruned", place / "table.json"
+            if over:
+                try:
+                    shutil.copytree(root / "old", out)
+                except shutil.Error:                        # not even the old folder fits
+                    shutil.rmtree(place / "out")
+                    continue
+            old, runs = contents(out), runs + 1
+            failed = refused(prune.main, [*prune_line, *more, "--sparsity", 0.6, "--out", out, "--json", table], before)
+            left = contents(out)
+            assert left == old and failed or len(left) == 5 and left != old and table.exists() != failed, (more, over, failed, left.keys())
+            assert not table.exists() or json.loads(table.read_text())
+            assert {p.name for p in place.rglob("*")} <= {"out", "pruned", "table.json", *left}, list(place.rglob("*"))
+            stopped += failed
+            shutil.rmtree(place / "out", ignore_errors=True)
+            table.unlink(missing_ok=True)
+    return runs, stopped
+
+
+def check_train(root, place, train_line, before=lambda: None):
+    """A run of train.py: (1, refused)."""
+    out = place / "run"
+    failed = refused(train.main, [*train_line, "--out", out], before)
+    assert (outcome(out) is None) == failed
+    assert not [p for p in place.rglob("*") if p.name.startswith(".")], list(place.rglob("*"))
+    shutil.rmtree(out, ignore_errors=True)
+    return 1, int(failed)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    p.add_argument("--quick", action="store_true", help="prune.py alone, with two sizes")
+    a = p.parse_args()
+    started, runs, stopped = time.perf_counter(), 0, 0
+    torch.set_num_threads(1)                                # a fork has no other threads
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        prune_line, train_line = commands(root)
+        assert not refused(prune.main, [*prune_line, "--sparsity", 0.3, "--out", root / "old"])
+        for size in (1000, 12_000) if a.quick else (0, 300, 1000, 4500, 12_000, 15_000):
+            place = root / f"limit{size}"
+            place.mkdir()
+            n, k = check_prune(root, place, prune_line, limit(size))
+            runs, stopped = runs + n, stopped + k
+        for size in () if a.quick else (100, 1200, 100_000):
+            (place := root / f"limit-train{size}").mkdir()
+            n, k = check_train(root, place, train_line, limit(size))
+            runs, stopped = runs + n, stopped + k
+        print(f"file size limited: {stopped} of {runs} runs refused", flush=True)
+        for pages in (10,) if a.quick else (4, 8, 10, 12, 16, 20, 40):
+            with small_disk(root / f"disk{pages}", 4096 * pages) as mounted:
+                if not mounted:
+                    print("no right to mount a small file system here")
+                    break
+                n, k = check_prune(root, root / f"disk{pages}", prune_line)
+                runs, stopped = runs + n, stopped + k
+                print(f"disk of {pages} pages: {k} of {n} runs of prune.py refused", flush=True)
+        for pages in () if a.quick else (2, 4, 100, 300):
+            with small_disk(root / f"disk-train{pages}", 4096 * pages) as mounted:
+                if mounted:
+                    n, k = check_train(root, root / f"disk-train{pages}", train_line)
+                    runs, stopped = runs + n, stopped + k
+                    print(f"disk of {pages} pages: {k} of {n} runs of train.py refused", flush=True)
+        nowhere = [root / "text.txt" / "out"]
+        if os.geteuid():
+            (root / "closed").mkdir(0o500)
+            nowhere.append(root / "closed" / "out")
+        for out in nowhere:
+            assert refused(prune.main, [*prune_line, "--sparsity", 0.5, "--out", out])
+            assert refused(train.main, [*train_line, "--out", out])
+            runs, stopped = runs + 2, stopped + 2
+    print(f"{runs} runs in {time.perf_counter() - started:.0f} s, {stopped} refused in one line, nothing half written")
+
+
+if __name__ == "__main__":
+    main()
