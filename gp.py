@@ -69,7 +69,7 @@ class BlocksMean:
         d mean / d c_i = w_i,  w = softmax_i(...)           d mean / d a = sum_i w_i log(x_i + SHIFT)
         d mean / d x_i = w_i (a / (x_i + SHIFT) + b_i)      d mean / d b_i = w_i x_i
 
-    Fitted to the raw y by maximum a posteriori: c_i ~ N(0, 0.5^2), b_i ~ N(b, 2^2), b ~ N(5, 2^2), c_0 flat, residual variance
+    Fitted to the raw y by maximum a posteriori: c_i ~ N(0, 1), b_i ~ N(b, 0.5^2), b ~ N(5, 2^2), c_0 flat, residual variance
     0.02, a ~ N(1, 0.5^2) with a = 0.3 + softplus(.) > 0.3. Unlike a constant, it knows that nothing is cheap near x_i = 0.9.
     """
     log_signal, log_noise = math.log(0.02), math.log(1e-3)  # where their priors stand, in nats^2
@@ -84,11 +84,11 @@ class BlocksMean:
             a = 0.3 + torch.nn.functional.softplus(alpha)
             terms = c + a * log_x + b * X
             w, error = terms.softmax(1), terms.logsumexp(1) + c0 - y
-            value = ((error ** 2).sum() / 0.02 + (c ** 2).sum() / 0.25 + (a - 1) ** 2 / 0.25 + ((b - common) ** 2).sum() / 4 + (common - 5) ** 2 / 4) / 2
+            value = ((error ** 2).sum() / 0.02 + (c ** 2).sum() + (a - 1) ** 2 / 0.25 + ((b - common) ** 2).sum() / 0.25 + (common - 5) ** 2 / 4) / 2
             e = error / 0.02
             grad_a = (e * (w * log_x).sum(1)).sum() + (a - 1) / 0.25
-            grad_common = ((common - b).sum() + common - 5) / 4
-            return float(value), torch.cat([w.T @ e + c / 0.25, (w * X).T @ e + (b - common) / 4,
+            grad_common = (common - b).sum() / 0.25 + (common - 5) / 4
+            return float(value), torch.cat([w.T @ e + c, (w * X).T @ e + (b - common) / 0.25,
                                             torch.stack([grad_common, grad_a * alpha.sigmoid(), e.sum()])])
 
         start = torch.cat([torch.zeros(d), torch.full((d + 1,), 5.0), torch.zeros(2)]).double()

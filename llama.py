@@ -335,10 +335,11 @@ def load_llama(path, device="cpu", dtype=torch.float32):
         for name, tensor in read_tensors(file, names, {n: s[-1] for n, s in shapes.items()}):
             if name not in shapes or name == tied:
                 continue
-            if not math.isfinite(tensor.sum(dtype=torch.float32)):
+            if not all(map(math.isfinite, tensor.aminmax())):          # NaN goes through both; nothing is allocated
                 raise ValueError(f"{file}: tensor {name} holds NaN or infinite weights")
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
+            del tensor                                                 # the last one would keep the whole shard in memory
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval(), tokenizer

@@ -184,6 +184,16 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_it_found_and_refuses_ot
     assert call(bench, *words, "--tokens", 128, "--resume") == 2 and "another tokens: 256, now 128" in capsys.readouterr().err
 
 
+def test_slopes_are_those_of_log_seconds_over_log_size(monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench, "race", lambda work, repeats: calls.append(work) or [float(2 ** (len(calls) % 4 * 2))])      # 4 times for each doubling
+    monkeypatch.setattr(bench, "Divergence", lambda model, windows: None)
+    rows = bench.slopes()
+    assert len(calls) == 4 * len(rows) and all(r["sizes"][1] == 2 * r["sizes"][0] for r in rows)
+    assert all(len(r["seconds"]) == 4 and r["slope"] == pytest.approx(bench.statistics.linear_regression(
+        [math.log(n) for n in r["sizes"]], [math.log(t) for t in r["seconds"]]).slope, rel=1e-9) for r in rows)
+
+
 def test_full_serves_every_request_and_extrapolates_nothing(small, text, tmp_path, short, capsys):
     assert call(bench, *options(small, text, tmp_path), "--budget", 8, "--requests", 2, "--full") == 0
     result = json.loads((tmp_path / "bench.json").read_text())
@@ -194,11 +204,13 @@ def test_full_serves_every_request_and_extrapolates_nothing(small, text, tmp_pat
 
 def test_stages_are_timed_against_their_floors_and_leave_the_model_as_it_was(small, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "botorch", None)                      # as where it is not installed
+    monkeypatch.setattr(bench, "slopes", lambda: [])
     threads = torch.get_num_threads()
     assert call(bench, *options(small, text, tmp_path), "--stages") == 0
     rows = json.loads((tmp_path / "stages.json").read_text())["rows"]
     assert {"rank one block", "64 masks from one ranking", "one evaluation of f2", "unpack one matrix, 1 thread"} <= {r["stage"] for r in rows}
-    assert all(r["ratio"] > 0 and r["seconds"] > 0 and math.isfinite(r["ratio"]) for r in rows)
+    assert all(r["ratio"] > 0 and r["seconds"] > 0 and math.isfinite(r["ratio"]) for r in rows if "memory" not in r["stage"])
+    assert all(0 <= r["ratio"] < 1000 for r in rows if "memory" in r["stage"])              # MB
     assert torch.get_num_threads() == threads and "not measured, pip install botorch" in capsys.readouterr().out
 
 

@@ -229,6 +229,7 @@ def test_packing_keeps_every_bit_pattern_under_any_mask_in_the_documented_bit_or
 def counter(blocks, d_out, d_in):
     """A Pruner that only counts."""
     p = object.__new__(Pruner)
+    p.coarse = False
     p.live, p.d_out, p.d_in = [None] * blocks, torch.tensor(d_out, dtype=torch.float64), torch.tensor(d_in, dtype=torch.float64)
     return p
 
@@ -493,9 +494,11 @@ def test_fitted_hyperparameters_and_prior_mean_are_stationary_points_of_their_po
         assert abs(value(gp.theta + e) - value(gp.theta - e)) / 2e-4 < 1e-3                  # float64, central differences
     if mean == "blocks":
         m = gp.mean
-        p = torch.cat([m.c, torch.stack([m.a, m.b, m.c0])]).requires_grad_()
-        error = (p[:4] + p[4] * (X + gaussian.SHIFT).log() + p[5] * X).logsumexp(1) + p[6] - y
-        loss = (error ** 2).sum() / (2 * 0.02) + (p[:4] ** 2).sum() / (2 * 0.25) + (p[4] - 1) ** 2 / (2 * 0.25) + (p[5] - 5) ** 2 / (2 * 4)
+        p = torch.cat([m.c, m.b, torch.stack([m.a, m.c0])]).requires_grad_()
+        c, b, a, c0 = p[:4], p[4:8], p[8], p[9]
+        common = (b.sum() / 0.25 + 5 / 4) / (4 / 0.25 + 1 / 4)                    # its own optimum, given the b_i
+        error = (c + a * (X + gaussian.SHIFT).log() + b * X).logsumexp(1) + c0 - y
+        loss = ((error ** 2).sum() / 0.02 + (c ** 2).sum() + (a - 1) ** 2 / 0.25 + ((b - common) ** 2).sum() / 0.25 + (common - 5) ** 2 / 4) / 2
         gradient, = torch.autograd.grad(loss, p)
         assert gradient.abs().max() < 1e-3                                                   # float64
 
@@ -503,7 +506,7 @@ def test_fitted_hyperparameters_and_prior_mean_are_stationary_points_of_their_po
 def test_where_the_data_leave_no_variance_std_is_its_floor_and_has_no_gradient():
     X, y = known(1)
     gp = GaussianProcess("constant").fit(X, y)
-    gp.root = torch.ones(1, 1, dtype=torch.float64)                          # of phi alone: the noise taken out, the strategy is certain
+    gp.whitening = torch.ones(1, 1, dtype=torch.float64)                          # of phi alone: the noise taken out, the strategy is certain
     for distance in (0.0, 1e-9):
         mean, std, _, dstd = gp.solve(X + distance)
         assert float(std) == pytest.approx(gp.deviation * 1e-6, rel=1e-9) and (dstd == 0).all() and mean.isfinite().all()
@@ -652,12 +655,12 @@ def test_what_was_measured_is_never_measured_again_and_survives_the_run(tmp_path
 
 def test_every_setting_that_a_run_depends_on_changes_its_fingerprint(tmp_path):
     base = dict(model=ROOT / "tiny", data=tmp_path / "a.txt", seed=0, initial=5, rounds=2, batch=2, mean="blocks", metric="wanda", tokens=128,
-                calibration=4, seqlen=64, dtype="float32")
+                calibration=4, seqlen=64, dtype="float32", rank_bits=16)
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
     mark = lambda **changes: train.fingerprint(argparse.Namespace(**base | changes))
     others = dict(data=tmp_path / "b.txt", seed=1, initial=6, rounds=3, batch=3, mean="constant", metric="magnitude", tokens=64, calibration=5,
-                  seqlen=32, dtype="bfloat16")
+                  seqlen=32, dtype="bfloat16", rank_bits=8)
     assert mark() == mark() and all(mark(**{key: value}) != mark() for key, value in others.items())
 
 

@@ -2,7 +2,7 @@
 How much memory loading takes: a sharded checkpoint with random weights is written, then loaded in a process of its own.
 
 Run       python checks/load_memory.py --gigabytes 3          (ends with one line: peak, weights, largest shard)
-Must hold peak of resident memory, above that of the imports, at most the weights and the largest shard (shards are memory-mapped).
+Must hold peak of resident memory, above that of the imports, at most the weights, the largest shard (it is memory-mapped) and 0.1 GB.
 Linux only: reads /proc/self/status.
 """
 import argparse
@@ -60,8 +60,8 @@ def main():
         shard = max(f.stat().st_size for f in a.load.glob("*.safetensors"))
         extra = resident("VmHWM") - before
         print(f"peak {extra / 1e9:.2f} GB above the imports; weights {weights / 1e9:.2f} GB, largest shard {shard / 1e9:.2f} GB: "
-              f"{'held' if extra <= weights + shard + 5e7 else 'MISSED'}")
-        sys.exit(extra > weights + shard + 5e7)
+              f"{'held' if extra <= weights + shard + 1e8 else 'MISSED'}")
+        sys.exit(extra > weights + shard + 1e8)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), a.gigabytes * 1e9, a.shards)
         sys.exit(subprocess.run([sys.executable, __file__, "--load", folder]).returncode)
