@@ -7,6 +7,7 @@ Laptop    python bench.py                          (3 minutes; ends with the spe
           python bench.py --stages                 (1 minute; every stage against its floor, one ratio each)
 Full      python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3 --resume
 """
+import ctypes
 import json
 import math
 import re
@@ -210,13 +211,12 @@ def show(rows, seeds, requests, served):
 # --------------------------------------------------------------------------------------------------------------- stages
 def race(*functions, repeats=5):
     """Median seconds of each function, run in turn after a warm-up, so that a drifting machine hits all alike."""
-    times = [[] for _ in functions]
+    times, wait = [[] for _ in functions], torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for i in range(repeats + 1):
         for f, t in zip(functions, times):
             started = time.perf_counter()
             f()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            wait()
             t.append(time.perf_counter() - started)
     return [statistics.median(t[1:]) for t in times]
 
@@ -233,11 +233,12 @@ def peak(work):
     """Bytes that `work` adds to this process at most, by Linux's own record of the most resident memory; None elsewhere."""
     try:
         work()
+        ctypes.CDLL(None).malloc_trim(0)                    # what was freed goes back
         Path("/proc/self/clear_refs").write_text("5")       # the record starts anew
         before = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
         work()
         return 1024 * (int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) - before)
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 
@@ -339,7 +340,7 @@ def gp_stages(row):
             p = model.posterior(q)
             return p.mean[:, 0], p.variance[:, 0].sqrt()
 
-        ours, others = race(lambda: ask(gp.posterior), lambda: ask(botorch_posterior), repeats=50)
+        ours, others = race(lambda: ask(gp.posterior), lambda: ask(botorch_posterior), repeats=200)
     row("posterior of 16 strategies with gradients", "BoTorch / ours", others / ours, ours, "at least 4")
 
 

@@ -506,7 +506,7 @@ def test_fitted_hyperparameters_and_prior_mean_are_stationary_points_of_their_po
 def test_where_the_data_leave_no_variance_std_is_its_floor_and_has_no_gradient():
     X, y = known(1)
     gp = GaussianProcess("constant").fit(X, y)
-    gp.whitening = torch.ones(1, 1, dtype=torch.float64)                          # of phi alone: the noise taken out, the strategy is certain
+    gp.precision = torch.ones(1, 1, dtype=torch.float64)                          # of phi alone: the noise taken out, the strategy is certain
     for distance in (0.0, 1e-9):
         mean, std, _, dstd = gp.solve(X + distance)
         assert float(std) == pytest.approx(gp.deviation * 1e-6, rel=1e-9) and (dstd == 0).all() and mean.isfinite().all()
