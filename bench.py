@@ -389,6 +389,24 @@ def slopes():
     return rows
 
 
+def sequential(model, windows, tests):
+    """Uniform strategies by ranks on dense activations (one calibration for all) and by Wanda's block by block: KL and perplexity."""
+    references, rows, pruner = {name: Divergence(model, w) for name, w in tests.items()}, [], Pruner(model, windows)
+    print(f"{'text':<24} sparsity   KL: default  sequential   perplexity: default  sequential")
+    default = {}
+    for s in QUICK:
+        pruner.apply(uniform(len(pruner.live), s))
+        default[s] = {name: d.measure() for name, d in references.items()}
+    for s in QUICK:
+        pruner.apply_sequential(uniform(len(pruner.live), s), windows)
+        for name, d in references.items():
+            (kl, ppl), (kl_, ppl_) = default[s][name], d.measure()
+            rows.append({"text": name, "tokens": d.windows.numel(), "sparsity": s, "kl": kl, "ppl": ppl, "sequential_kl": kl_, "sequential_ppl": ppl_})
+            print(f"{name:<24} {s:8.2f}   {kl:11.4f}  {kl_:10.4f}   {ppl:19.3f}  {ppl_:10.3f}", flush=True)
+    pruner.restore()
+    return rows
+
+
 def main():
     p = Parser(__doc__, ["python bench.py", "python bench.py --full", "python bench.py --stages", "python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3"])
     add_model(p)
@@ -399,6 +417,7 @@ def main():
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (1)")
     p.add_argument("--full", action="store_true", help="serve and measure every request with every method")
     p.add_argument("--stages", action="store_true", help="time every stage against its floor instead")
+    p.add_argument("--sequential", action="store_true", help="compare Wanda's block-by-block calibration with the default instead")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=["owl", "unicuco", "gp", "evopress"], metavar="NAME",
                    help=f"beside uniform: {' '.join(METHODS)} (owl unicuco gp evopress)")
     p.add_argument("--initial", type=int, default=48, metavar="N", help="strategies that UniCuCo measures first (48)")
@@ -421,8 +440,13 @@ def main():
               "budget": a.budget, "initial": a.initial, "rounds": a.rounds, "seqlen": a.seqlen, "tokens": a.tokens,
               "calibration": a.calibration, "device": str(device), "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
     print(f"{name} on {device}, {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads")
+    if a.stages or a.sequential:
+        model, _, windows, search_windows, held_out = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, 0)
+    if a.sequential:
+        rows = sequential(model, windows, {name: w[:max(1, a.test_tokens // w.shape[1])] for name, w in held_out.items()})
+        write_text(out / "sequential.json", json.dumps({"inputs": inputs, "rows": rows}, indent=1) + "\n")
+        return print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'sequential.json'}")
     if a.stages:
-        model, _, windows, search_windows, _ = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, 0)
         rows = stages(model, windows, search_windows)
         write_text(out / "stages.json", json.dumps({"inputs": inputs, "rows": rows, "slopes": slopes()}, indent=1) + "\n")
         return print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'stages.json'}")

@@ -194,6 +194,13 @@ def test_slopes_are_those_of_log_seconds_over_log_size(monkeypatch):
         [math.log(n) for n in r["sizes"]], [math.log(t) for t in r["seconds"]]).slope, rel=1e-9) for r in rows)
 
 
+def test_sequential_calibration_is_compared_with_the_default_on_the_same_masks_counts(small, text, tmp_path, capsys):
+    assert call(bench, *options(small, text, tmp_path), "--sequential") == 0
+    rows = json.loads((tmp_path / "sequential.json").read_text())["rows"]
+    assert [r["sparsity"] for r in rows] == list(bench.QUICK) and len(capsys.readouterr().out.splitlines()) == 2 + 5 + 1
+    assert all(0 < r["kl"] < 20 and 0 < r["sequential_kl"] < 20 and r["kl"] != r["sequential_kl"] for r in rows)
+
+
 def test_full_serves_every_request_and_extrapolates_nothing(small, text, tmp_path, short, capsys):
     assert call(bench, *options(small, text, tmp_path), "--budget", 8, "--requests", 2, "--full") == 0
     result = json.loads((tmp_path / "bench.json").read_text())
