@@ -513,6 +513,14 @@ def test_where_the_data_leave_no_variance_std_is_its_floor_and_has_no_gradient()
     assert (gp.solve(X + 0.1)[3] > 0).all()
 
 
+def test_scattered_strategies_move_by_the_asked_amount_in_their_logits_and_stay_inside():
+    x = torch.full((4000, 5), 0.45, dtype=torch.float64)
+    moved = (unicuco.scattered(x, torch.Generator().manual_seed(0), by=0.2) / MAX).logit()
+    assert moved.mean().abs() < 0.2 * 4 / 20000 ** 0.5 and moved.std() == pytest.approx(0.2, rel=4 / 40000 ** 0.5)      # 4 standard errors
+    edges = torch.tensor([[0.0, MAX, 1e-30]], dtype=torch.float64)
+    assert ((unicuco.scattered(edges, torch.Generator(), by=5.0) >= 0) & (unicuco.scattered(edges, torch.Generator(), by=5.0) <= MAX)).all()
+
+
 # -------------------------------------------------------------------------------------- picking what to measure, and learning
 SCALE = Scale(-6.0, 1.0)
 

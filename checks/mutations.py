@@ -46,9 +46,9 @@ BREAKS = [
     ("llama.py", "bias or family == \"qwen2\", bias,", "bias, bias,", "properties: transformers_made"),
     ("llama.py", "start, step = start + step.shape[1],", "start, step = start + 1,", "unicuco: generation"),
     # llama.py: files
-    ("llama.py", "(1 << torch.arange(8))).sum", "(1 << torch.arange(7, -1, -1))).sum", "properties: bit_pattern"),
-    ("llama.py", "or kept[:, d_in:].any()", "", "properties: bit_pattern"),
-    ("llama.py", "values.new_zeros(1), values]", "-values.new_zeros(1), values]", "properties: bit_pattern"),
+    ("packed.py", "(1 << torch.arange(8))).sum", "(1 << torch.arange(7, -1, -1))).sum", "properties: bit_pattern"),
+    ("packed.py", "or kept[:, d_in:].any()", "", "properties: bit_pattern"),
+    ("packed.py", "values.new_zeros(1), values]", "-values.new_zeros(1), values]", "properties: bit_pattern"),
     ("llama.py", "torch.where(kept.cpu(), value,", "torch.where(kept.cpu(), live[name].detach().to(value.dtype),", "unicuco: pruned_in_bfloat16"),
     ("llama.py", "kept = (weight != 0) | weight.signbit() | (value.to(weight.dtype) == 0)", "kept = weight != 0", "unicuco: pruned_in_bfloat16"),
     # eval.py
@@ -128,7 +128,10 @@ BREAKS = [
     ("prune.py", "return {name: r >= k for names", "return {name: (r >= k).T.reshape(r.shape) for names", "unicuco: applying"),
     ("prune.py", "return float((self.counts(strategy) * self.d_out).sum() / ((self.d_in * self.d_out).sum() * len(self.live)))",
      "return float(torch.as_tensor(strategy).mean())", "properties: counted_sparsity"),
-    ("prune.py", "(x * self.d_in + 1e-6).floor()", "(x * self.d_in + 1e-6).round()", "properties: counted_sparsity or column_order"),
+    ("gp.py", "(w * X).T @ e + (b - common) / 0.25", "(w * X).T @ e", "properties: stationary"),
+    ("unicuco.py", "logits + by * torch.randn", "logits + by * by * torch.randn", "properties: scattered"),
+    ("prune.py", "* self.d_in / 256).ceil()", "* self.d_in / 256).floor()", "scale: 8_bit"),
+    ("prune.py", "self.d_in) + 1e-6).floor()", "self.d_in) + 1e-6).round()", "properties: counted_sparsity or column_order"),
     ("prune.py", "            return True\n", "            return False\n", "scale: sequential"),
     ("prune.py", "x.argsort(descending=True, stable=True)", "x.argsort(stable=True)", "walkthrough: semi_structured"),
     # wishes.py, offload.py
