@@ -101,7 +101,7 @@ def test_a_packed_file_of_another_version_or_with_half_of_a_matrix_is_refused(tm
     masks = Pruner(model, torch.randint(3, 4096, (2, 64))).masks([0.5] * 12)
     save_llama(model, tmp_path / "packed", ROOT / "tiny", masks, packed=True)
     file = tmp_path / "packed" / "model.safetensors"
-    tensors, name = load_file(file), "model.layers.3.mlp.up_proj.weight"
+    tensors, name = {k: v.clone() for k, v in load_file(file).items()}, "model.layers.3.mlp.up_proj.weight"      # not mapped from what is overwritten
     for flawed, metadata in ((tensors, {"unicuco_packed": "2"}), ({k: v for k, v in tensors.items() if k != name + ".kept"}, {}),
                              ({k: v for k, v in tensors.items() if k != name + ".mask"}, {}), ({**tensors, name + ".kept": tensors[name + ".kept"][1:].clone()}, {}),
                              ({**tensors, name: torch.zeros(512, 192)}, {})):

@@ -190,6 +190,8 @@ def main():
     for name in ("initial", "batch", "tokens", "calibration", "test_tokens"):
         if getattr(a, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if a.rounds < 0:
+        raise ValueError("--rounds must be at least 0")
     started, local_rank = time.perf_counter(), int(os.environ.get("LOCAL_RANK", 0))
     device, dtype, reason = choose_device(a.device, a.dtype)
     if "RANK" in os.environ:                                # started by torchrun
