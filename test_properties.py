@@ -661,6 +661,20 @@ def test_what_was_measured_is_never_measured_again_and_survives_the_run(tmp_path
     assert len(asked) == 4                                                                   # without --resume it starts anew
 
 
+def test_evaluations_are_read_back_bit_for_bit_and_what_is_none_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "evaluations.0.json"
+    whole = [[[0.1, 1 / 3], 0.123456789012345678], [[0.0, 0.9], float("inf")]]
+    path.write_text(json.dumps({"evaluations": whole}))
+    measure = train.Measure(None, tmp_path, True, None)
+    assert measure.own == whole and measure.known == {(0.1, 1 / 3): 0.123456789012345678, (0.0, 0.9): float("inf")}
+    for broken in ("", "[]", "{}", '{"evaluations": 3}', '{"evaluations": [[1, 2]]}', '{"evaluations": [[[0.1], "x"]]}', '{"evaluations": [[[0.1], null]]}',
+                   '{"evaluations": [[[0.1]]]}', '{"evaluations": [[["a"], 1]]}', json.dumps({"evaluations": whole})[:-9]):
+        path.write_text(broken)
+        with pytest.raises(ValueError) as error:
+            train.Measure(None, tmp_path, True, None)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_every_setting_that_a_run_depends_on_changes_its_fingerprint(tmp_path):
     base = dict(model=ROOT / "tiny", data=tmp_path / "a.txt", seed=0, initial=5, rounds=2, batch=2, mean="blocks", metric="wanda", tokens=128,
                 calibration=4, seqlen=64, dtype="float32", rank_bits=16)

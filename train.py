@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from eval import Divergence, sha256, stdlib_files
 from gp import GaussianProcess
-from llama import Parser, add_model, choose_device, read_json, run, weight_files
+from llama import Parser, add_model, choose_device, first_line, read_json, run, weight_files
 from prune import METRICS, Pruner, setting, write_text
 from unicuco import (Scale, StratNet, first_design, hypervolume, log_divergence, save_stratnet, scattered, select_batch, strategy_for,
                      train_stratnet)
@@ -87,6 +87,14 @@ def search(measure, blocks, initial=48, rounds=14, batch=4, mean="blocks", kappa
     return net, scale, gp, log
 
 
+def read_evaluations(path):
+    """[[strategy, KL], ...] of the file `path`, which `Measure` wrote; ValueError, in one line, for anything else."""
+    try:
+        return [[[float(v) for v in x], float(kl)] for x, kl in read_json(path)["evaluations"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no evaluations to resume from: {first_line(error)}") from None
+
+
 class Measure:
     """f2 with a memory on disk: every value is written the moment it is measured, and never measured twice.
 
@@ -98,9 +106,9 @@ class Measure:
         self.f2, self.bar, self.device, self.seconds = f2, bar, device, 0.0
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.path, self.known = folder / f"evaluations.{self.rank}.json", {}
-        self.own = read_json(self.path)["evaluations"] if resume and self.path.exists() else []
+        self.own = read_evaluations(self.path) if resume and self.path.exists() else []
         for path in sorted(folder.glob("evaluations.*.json")) if resume else ():
-            self.known.update({tuple(x): kl for x, kl in read_json(path)["evaluations"]})
+            self.known.update({tuple(x): kl for x, kl in read_evaluations(path)})
 
     def __call__(self, strategies):
         values = torch.zeros(len(strategies), dtype=torch.float64)
