@@ -232,7 +232,8 @@ def load_stratnet(path, blocks):
             raise ValueError("a tensor is not float64, or not finite")
         X, y = tensors.pop("X"), tensors.pop("y")
         depth, scale = len(tensors["layers.4.bias"]), Scale(float(about["lo"]), float(about["hi"]))
-        if not (X.shape == (*y.shape, depth) and 0 < len(y) <= 10_000 and X.min() >= 0 and X.max() <= MAX and -math.inf < scale.lo < scale.hi < math.inf):
+        ordered = -math.inf < scale.lo < scale.hi < math.inf
+        if not (ordered and X.shape == (*y.shape, depth) and 0 < len(y) <= 10_000 and X.min() >= 0 and X.max() <= MAX):
             raise ValueError("its strategies, values and scale do not fit together")
         if about["mean"] not in ("blocks", "constant"):
             raise ValueError("the mean of its surrogate is unknown")
