@@ -622,7 +622,7 @@ def answer():
 
 
 SHUFFLED = """
-import os, random
+import functools, os, random
 listdir, scandir = os.listdir, os.scandir
 class Entries(list):
     def __enter__(self): return self
@@ -631,7 +631,7 @@ def shuffled(entries):
     entries = list(entries)
     random.Random(0).shuffle(entries)
     return Entries(entries)
-os.listdir, os.scandir = lambda *a: shuffled(listdir(*a)), lambda *a: shuffled(scandir(*a))
+os.listdir, os.scandir = functools.partial(lambda *a: shuffled(listdir(*a))), functools.partial(lambda *a: shuffled(scandir(*a)))      # not methods
 from test_properties import answer
 print(answer())
 """
