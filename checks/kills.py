@@ -7,7 +7,7 @@ Checked   prune.py: the folder is absent, or every file of it equals the old or 
           nothing else. train.py: every file is absent or whole; --resume ends with the results of an undisturbed run.
 How       everything is imported once, each run is a fork of that.
 
-Run       python -m checks.kills                     (50 runs, 2 minutes of processor time)
+Run       python -m checks.kills                     (50 runs, 105 s)
 """
 import argparse
 import json
