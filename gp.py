@@ -161,7 +161,7 @@ class GaussianProcess:
         root = r2.mul_(5).sqrt()
         decay = root.neg().exp_()
         psi = root.add_(1).mul_(decay)                      # (1 + sqrt5 r) exp(-sqrt5 r)
-        return torch.addcmul(psi, r2, decay, value=1 / 3), psi.mul(5 / 3)
+        return torch.addcmul(psi, r2, decay, value=1 / 3), psi.mul_(5 / 3)
 
     def covariance(self, theta):
         """K = s^2 phi + noise I, and s^2 psi, (n, n) each."""
