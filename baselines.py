@@ -12,16 +12,12 @@ import torch
 from gp import GaussianProcess
 from prune import LINEARS, METRICS, activation_norms
 from train import one_thread
-from unicuco import CLAMP, MAX, log_divergence, shift_to
+from unicuco import MAX, log_divergence, logit, shift_to
 
 
 def uniform(blocks, sparsity):
     """The same sparsity in every block, as in Wanda and SparseGPT: (d,)."""
     return torch.full((blocks,), sparsity, dtype=torch.float64)
-
-
-def logit(strategy):
-    return (strategy / MAX).clamp(1e-6, 1 - 1e-6).logit().clamp(-CLAMP, CLAMP)
 
 
 @torch.inference_mode()

@@ -53,10 +53,11 @@ class Memory:
     def __init__(self, path, inputs, resume):
         self.path, self.content = path, {"inputs": inputs, "found": {}}
         if resume and path.exists():
-            self.content = read_json(path)
-            changed = [key for key in inputs if self.content.get("inputs", {}).get(key) != inputs[key]]
+            self.content = {"found": {}, **read_json(path)}
+            earlier = self.content.get("inputs") or {}
+            changed = [key for key in inputs if earlier.get(key) != inputs[key]]
             if changed:
-                raise ValueError(f"{path} holds a comparison with another {changed[0]}: {self.content.get('inputs', {}).get(changed[0])!r}, now {inputs[changed[0]]!r}")
+                raise ValueError(f"{path} holds a comparison with another {changed[0]}: {earlier.get(changed[0])!r}, now {inputs[changed[0]]!r}")
 
     def __call__(self, key, make):
         """The value of `key`, JSON, from the file or by calling `make` once."""
@@ -70,8 +71,9 @@ class Memory:
         write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
-def serve(memory, pruner, divergence, quick, shares, requests, a, seed, bar):
-    """Every method's strategies for `requests`: {method: {"shared", "evaluations", "strategies": {request: [strategy, seconds]}}}.
+def serve(memory, pruner, divergence, quick, shares, requests, names, budget, initial, rounds, seed, bar):
+    """The strategies of uniform and of the methods `names` for `requests`: {method: {"shared", "evaluations", "strategies": {request:
+    [strategy, seconds]}}}.
 
     shared        seconds spent once for all requests (calibration is the caller's, and the same for all)
     evaluations   of f2, in units of all search tokens: (shared, per request)
@@ -91,21 +93,21 @@ def serve(memory, pruner, divergence, quick, shares, requests, a, seed, bar):
 
     def learned(mean):
         started, before = time.perf_counter(), f2.tokens
-        net, *_ = search(lambda batch: [f2(x) for x in batch], blocks, initial=a.initial, rounds=a.rounds, mean=mean, seed=seed)
+        net, *_ = search(lambda batch: [f2(x) for x in batch], blocks, initial=initial, rounds=rounds, mean=mean, seed=seed)
         shared, evaluations = time.perf_counter() - started, (f2.tokens - before) / tokens
         return {"shared": shared, "evaluations": (evaluations, 0.0), "strategies": {str(s): timed(lambda s: strategy_for(net, s, counted), s)[:2] for s in requests}}
 
     methods = {"uniform": each("uniform", lambda s: uniform(blocks, s))}
-    for key in a.methods:
+    for key in names:
         name = METHODS[key]
         if key == "owl":
             methods[name] = each(name, lambda s: owl_best(shares, s, counted, f2))
         elif key == "gp":
-            methods[name] = each(name, lambda s: gp_search(f2, s, blocks, counted, a.budget // 2, seed))
+            methods[name] = each(name, lambda s: gp_search(f2, s, blocks, counted, budget // 2, seed))
         elif key == "evopress":
-            budgets = sorted({a.budget // 8, a.budget // 4, a.budget // 2, a.budget} - {0})
+            budgets = sorted({budget // 8, budget // 4, budget // 2, budget} - {0})
             found = {s: memory(f"{seed} {name} {s}", lambda: {str(b): [x.tolist(), t] for b, (x, t) in evopress(
-                f2, part, s, blocks, counted, a.budget, seed, snapshots=budgets).items()}) for s in requests}
+                f2, part, s, blocks, counted, budget, seed, snapshots=budgets).items()}) for s in requests}
             for b in budgets:
                 methods[f"{name}, {b} each"] = {"shared": 0.0, "evaluations": (0.0, float(b)), "strategies": {s: found[s][str(b)] for s in requests}}
         elif key != "magnitude":
@@ -146,7 +148,8 @@ def one_seed(memory, a, seed, device, dtype, requests):
     learned = (a.initial + 4 * a.rounds) * len({"unicuco", "constant"} & set(a.methods))
     total = sum(costs.get(m, 0) for m in a.methods) * len(requests) + learned
     with tqdm(total=total, desc=f"seed {seed}, evaluations of f2", disable=None, bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]") as bar:
-        methods = serve(memory, pruner, divergence, quick, outlier_shares(model, windows) if "owl" in a.methods else None, requests, a, seed, bar)
+        methods = serve(memory, pruner, divergence, quick, outlier_shares(model, windows) if "owl" in a.methods else None, requests,
+                        a.methods, a.budget, a.initial, a.rounds, seed, bar)
     with tqdm(total=len(methods) * len(requests), desc=f"seed {seed}, unseen text", disable=None) as bar:
         judged = judge(memory, methods, pruner, tests, seed, bar)
         if "magnitude" in a.methods:
@@ -437,7 +440,7 @@ def main():
     served = sorted({*QUICK, *(round(0.2 + 0.55 * i / max(a.requests - 1, 1), 4) for i in range(a.requests))}) if a.full else list(QUICK)
     inputs = {"model": name, "weights": [sha256(f) for f in weight_files(a.model)], "data": a.data.name if a.data else "stdlib",
               "sha256": sha256(a.data) if a.data else None, "tests": {t.name: sha256(t) for t in a.test or []},
-              "budget": a.budget, "initial": a.initial, "rounds": a.rounds, "seqlen": a.seqlen, "tokens": a.tokens,
+              "served": served, "budget": a.budget, "initial": a.initial, "rounds": a.rounds, "seqlen": a.seqlen, "tokens": a.tokens,
               "calibration": a.calibration, "device": str(device), "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
     print(f"{name} on {device}, {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads")
     if a.stages or a.sequential:
@@ -454,7 +457,7 @@ def main():
     for seed in range(a.seeds):
         seeds.append(one_seed(memory, a, seed, device, dtype, served))
         rows = table(seeds, a.requests, served, a.tokens)
-        memory.write(requests=a.requests, served=served, table=rows, tests=seeds[0]["tests"])
+        memory.write(requests=a.requests, table=rows, tests=seeds[0]["tests"])
     show(rows, seeds, a.requests, served)
     print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'bench.json'}")
 

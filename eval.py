@@ -69,7 +69,7 @@ def read_documents(path):
 
 def tokenise(tokenizer, documents):
     """Documents, each tokenised once, one after the other -> (N,) long, the begin token in front where the tokenizer adds it."""
-    ids = [[tokenizer.bos_id] * tokenizer.adds_bos, *tokenizer.encode_batch(documents)]
+    ids = [[tokenizer.bos_id] * tokenizer.adds_bos, *tokenizer.encode(documents)]
     return torch.from_numpy(np.concatenate([np.array(i, dtype=np.int64) for i in ids]))
 
 

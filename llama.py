@@ -203,14 +203,14 @@ class Tokenizer:
             if (folder / "tokenizer.model").exists():
                 import sentencepiece
                 sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-                self.ids, size, adds_bos, self.bos_id, self.eos_id = sp.encode, sp.get_piece_size(), True, sp.bos_id(), sp.eos_id()
+                self.batch, size, adds_bos, self.bos_id, self.eos_id = sp.encode, sp.get_piece_size(), True, sp.bos_id(), sp.eos_id()
                 self.decode = lambda ids: sp.decode([i for i in ids if i < size])          # a model may have more tokens
             else:
                 import tokenizers
                 fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-                fast.no_truncation(), fast.no_padding()                # both can be set in the file, for training
-                self.ids = lambda text: ([e.ids for e in fast.encode_batch(text, add_special_tokens=False)] if isinstance(text, list)
-                                         else fast.encode(text, add_special_tokens=False).ids)
+                fast.no_truncation()                                   # this and padding can be set in the file, for training
+                fast.no_padding()
+                self.batch = lambda texts: [e.ids for e in fast.encode_batch(texts, add_special_tokens=False)]
                 self.decode = lambda ids: fast.decode(ids, skip_special_tokens=False)
                 self.bos_id, self.eos_id = config.get("bos_token_id"), config.get("eos_token_id")
                 size, adds_bos = max(fast.get_vocab(with_added_tokens=True).values()) + 1, fast.encode("a").ids[:1] == [self.bos_id]
@@ -229,10 +229,9 @@ class Tokenizer:
     def encode(self, text):
         """Token ids of a text; of a list of texts, over all cores, a list of them. ValueError for what is no text, as half a surrogate pair."""
         try:
-            return self.ids(text)
+            return self.batch(text) if isinstance(text, list) else self.batch([text])[0]
         except Exception as error:
             raise ValueError(f"the tokenizer cannot encode this text: {first_line(error)}") from None
-    encode_batch = encode
 
 
 # -------------------------------------------------------------------------------------------------------- reading, writing
@@ -289,7 +288,7 @@ def check_tensors(folder, files, expected):
                 continue
             owner = dense_name(name)
             right, dtypes = expected.get(owner), floats
-            half = owner != name and not {owner + ".mask", owner + ".kept"} <= set(tensors)
+            half = owner != name and not {owner + ".mask", owner + ".kept"} <= tensors.keys()
             if right is None or half or owner != name and len(right) != 2 or owner not in missing and not name.endswith(".kept"):
                 raise ValueError(f"{path}: tensor {name!r:.200} does not belong to this model, or is there twice or in half")
             if name.endswith(".mask"):
@@ -482,7 +481,7 @@ def main():
         raise ValueError("--tokens must be at least 1 and --temperature at least 0")
     device, dtype, reason = choose_device(a.device, a.dtype)
     if a.compare:
-        width, columns = max(shutil.get_terminal_size().columns // 2 - 2, 20), []
+        columns, width = [], max(shutil.get_terminal_size().columns // 2 - 2, 20)
         for folder in a.compare:
             text = a.prompt + "".join(stream(*load_llama(folder, device, dtype), a.prompt, a.tokens, a.temperature, a.seed))
             columns.append([str(folder), "", *(w for line in text.splitlines() for w in textwrap.wrap(line, width, drop_whitespace=False) or [""])])

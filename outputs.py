@@ -32,7 +32,8 @@ def write_text(path, text):
 def new_folder(path, force=False):
     """A folder that appears under its name only when it is complete: yields a hidden neighbour, renamed at the end.
 
-    What a killed run left beside `path` goes first; the folder that it was just replacing comes back.
+    What a killed run left beside `path` goes first; the folder that it was just replacing comes back. Of two runs that write one
+    folder at the same time, one fails.
     """
     path = Path(path)
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old.partial")

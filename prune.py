@@ -142,8 +142,10 @@ class Pruner:
 
     @torch.inference_mode()
     def __init__(self, model, windows, metric="wanda", rank_bits=16):
-        if metric not in METRICS or rank_bits not in (8, 16):
-            raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}, or {rank_bits} rank bits are not 8 or 16")
+        if metric not in METRICS:
+            raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+        if rank_bits not in (8, 16):
+            raise ValueError(f"rank_bits is {rank_bits}, not 8 or 16")
         self.model, self.coarse = model, rank_bits == 8
         self.score, norms = METRICS[metric], activation_norms(model, windows)
         self.live = [[model.blocks[i].get_submodule(name).weight for name in LINEARS] for i in range(len(model.blocks))]

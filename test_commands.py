@@ -153,7 +153,7 @@ def test_a_tokenizer_json_works_like_its_library_and_says_which_package_it_needs
             (folder / "tokenizer_config.json").unlink()
         tokenizer = load_llama(folder)[1]
         assert tokenizer.encode("import sys what") == [3, 5, 0] and tokenizer.decode([3, 5]) == "import sys"
-        assert tokenizer.encode_batch(["os", "sys os"]) == [[4], [5, 4]] and (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+        assert tokenizer.encode(["os", "sys os"]) == [[4], [5, 4]] and (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     assert tokenizer.adds_bos
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match="pip install tokenizers"):

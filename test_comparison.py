@@ -181,6 +181,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_it_found_and_refuses_ot
     assert call(bench, *words, "--methods", "owl", "unicuco", "evopress", "--resume") == 0          # one more method later
     assert [r["method"] for r in json.loads((tmp_path / "bench.json").read_text())["table"]][2] == "UniCuCo"
     capsys.readouterr()
+    assert call(bench, *words, "--full", "--resume") == 2 and "another served" in capsys.readouterr().err       # these were not searched for
     assert call(bench, *words, "--tokens", 128, "--resume") == 2 and "another tokens: 256, now 128" in capsys.readouterr().err
 
 
@@ -204,7 +205,7 @@ def test_sequential_calibration_is_compared_with_the_default_on_the_same_masks_c
 def test_full_serves_every_request_and_extrapolates_nothing(small, text, tmp_path, short, capsys):
     assert call(bench, *options(small, text, tmp_path), "--budget", 8, "--requests", 2, "--full") == 0
     result = json.loads((tmp_path / "bench.json").read_text())
-    assert {0.2, 0.75} <= set(result["served"]) and not any(r["extrapolated"] for r in result["table"])
+    assert {0.2, 0.75} <= set(result["inputs"]["served"]) and not any(r["extrapolated"] for r in result["table"])
     assert all(v is None for r in result["table"] for v in r["spread"].values())             # one seed has no spread
     assert "All were served." in capsys.readouterr().out
 

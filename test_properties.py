@@ -726,3 +726,9 @@ def test_a_model_that_pruning_cannot_change_ends_with_a_table_of_zeros(tmp_path,
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(rows) == 12 and all(r["kl"] == 0 for r in rows)
     assert "below uniform's at no sparsity; not at 0.2 (+0.0 %)" in capsys.readouterr().out.splitlines()[-1]
+
+
+# --------------------------------------------------------------------------------------------------------------- the checks
+def test_every_break_of_the_mutation_list_finds_its_place_exactly_once():
+    breaks = __import__("checks.mutations", fromlist=["BREAKS"]).BREAKS
+    assert len(breaks) > 90 and [(file, old) for file, old, *_ in breaks if (ROOT / file).read_text().count(old) != 1] == []

@@ -113,7 +113,7 @@ def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused_and_its_padding_a
     ids = tokenizer.encode("return x * 100")
     padded = raw | {"padding": {"strategy": {"Fixed": 500}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 7, "pad_type_id": 0, "pad_token": "x"},
                     "truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}}
-    assert load_llama(place("fast", tokenizer_json=padded))[1].encode_batch(["return x * 100"]) == [ids] and len(ids) > 3
+    assert load_llama(place("fast", tokenizer_json=padded))[1].encode(["return x * 100"]) == [ids] and len(ids) > 3
     vocabulary = raw["model"]["vocab"]
     vocabulary[max(vocabulary, key=vocabulary.get)] = 10**6
     refuses(load_llama, place("fast", tokenizer_json=raw), match="1000001 tokens")

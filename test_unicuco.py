@@ -148,7 +148,7 @@ def test_tokenizer_of_tiny_loses_nothing_of_the_standard_library():
     tokenizer = llama.Tokenizer(ROOT / "tiny", 4096)
     for held_out in (False, True):
         texts = evaluation.stdlib_files(held_out)
-        assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
+        assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
     odd = " \t\n\n  leading, \r\n, trailing \x0c é 漢 🎈  "
     assert tokenizer.decode(tokenizer.encode(odd)) == odd and tokenizer.adds_bos
 

@@ -206,11 +206,15 @@ def select_batch(net, gp, scale, measured, count, kappa, generator, candidates=1
         return strategies[picks]
 
 
+def logit(strategies):
+    """The inverse of MAX sigmoid(.), within +-CLAMP, of strategies of any shape."""
+    return (strategies / MAX).clamp(1e-6, 1 - 1e-6).logit().clamp(-CLAMP, CLAMP)
+
+
 def scattered(strategies, generator, by=0.2):
     """Strategies (c, d), each block moved at random by about `by` in its logit. Picks that all lie on StratNet's own curve would
     never teach the GP what is beside it (departs from PSL)."""
-    logits = (strategies / MAX).clamp(1e-6, 1 - 1e-6).logit()
-    return MAX * torch.sigmoid(logits + by * torch.randn(logits.shape, generator=generator, dtype=torch.float64))
+    return MAX * torch.sigmoid(logit(strategies) + by * torch.randn(strategies.shape, generator=generator, dtype=torch.float64))
 
 
 # -------------------------------------------------------------------------------------------------------------- on disk

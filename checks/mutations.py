@@ -73,7 +73,7 @@ BREAKS = [
      "return [before] * 2, [row[\"option1\"], row[\"option2\"]],", "unicuco: prompts"),
     ("eval.py", "np.std(right, ddof=1)", "np.std(right)", "properties: standard_errors"),
     # gp.py
-    ("gp.py", "psi.mul(5 / 3)", "psi.mul(3 / 5)", LIKELIHOOD),
+    ("gp.py", "psi.mul_(5 / 3)", "psi.mul_(3 / 5)", LIKELIHOOD),
     ("gp.py", "value=1 / 3)", "value=5 / 3)", LIKELIHOOD),
     ("gp.py", "signal = 0.5 * ((G * K).sum()", "signal = -0.5 * ((G * K).sum()", LIKELIHOOD),
     ("gp.py", "- chol.diagonal().log().sum() -", "- 0.5 * chol.diagonal().log().sum() -", LIKELIHOOD),
@@ -129,7 +129,7 @@ BREAKS = [
     ("prune.py", "return float((self.counts(strategy) * self.d_out).sum() / ((self.d_in * self.d_out).sum() * len(self.live)))",
      "return float(torch.as_tensor(strategy).mean())", "properties: counted_sparsity"),
     ("gp.py", "(w * X).T @ e + (b - common) / 0.25", "(w * X).T @ e", "properties: stationary"),
-    ("unicuco.py", "logits + by * torch.randn", "logits + by * by * torch.randn", "properties: scattered"),
+    ("unicuco.py", "logit(strategies) + by * torch.randn", "logit(strategies) + by * by * torch.randn", "properties: scattered"),
     ("prune.py", "* self.d_in / 256).ceil()", "* self.d_in / 256).floor()", "scale: 8_bit"),
     ("prune.py", "self.d_in) + 1e-6).floor()", "self.d_in) + 1e-6).round()", "properties: counted_sparsity or column_order"),
     ("prune.py", "            return True\n", "            return False\n", "scale: sequential"),
