@@ -111,7 +111,7 @@ def serve(memory, pruner, divergence, quick, shares, requests, names, budget, in
             for b in budgets:
                 methods[f"{name}, {b} each"] = {"shared": 0.0, "evaluations": (0.0, float(b)), "strategies": {s: found[s][str(b)] for s in requests}}
         elif key != "magnitude":
-            made = memory(f"{seed} {name}", lambda: learned({"unicuco": "blocks"}.get(key, key)))
+            made = memory(f"{seed} {name}, {initial} and {rounds} rounds", lambda: learned({"unicuco": "blocks"}.get(key, key)))
             methods[name] = {**made, "strategies": {s: made["strategies"][str(s)] for s in requests}}
     return methods
 
@@ -440,7 +440,7 @@ def main():
     served = sorted({*QUICK, *(round(0.2 + 0.55 * i / max(a.requests - 1, 1), 4) for i in range(a.requests))}) if a.full else list(QUICK)
     inputs = {"model": name, "weights": [sha256(f) for f in weight_files(a.model)], "data": a.data.name if a.data else "stdlib",
               "sha256": sha256(a.data) if a.data else None, "tests": {t.name: sha256(t) for t in a.test or []},
-              "served": served, "budget": a.budget, "initial": a.initial, "rounds": a.rounds, "seqlen": a.seqlen, "tokens": a.tokens,
+              "served": served, "budget": a.budget, "seqlen": a.seqlen, "tokens": a.tokens,
               "calibration": a.calibration, "device": str(device), "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
     print(f"{name} on {device}, {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads")
     if a.stages or a.sequential:

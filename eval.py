@@ -21,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 from tqdm import tqdm
 
 from llama import Parser, add_model, choose_device, first_line, load_llama, run
 
 BATCH = 2048          # tokens that go through the blocks at once
-CHUNK = 2**23         # logits that exist at once: 32 MB in float32, where head and softmax ran fastest
+CHUNK = 2**20         # logits that exist at once: 4 MB in float32, which stay in the processor's cache
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
@@ -119,16 +120,32 @@ def batches(windows):
     return windows.split(max(1, BATCH // windows.shape[1]))
 
 
-def chunks(model, *states):
-    """Logits of hidden states (tokens, D), all for the same tokens, a chunk of tokens at a time: float32, at most CHUNK each."""
-    for parts in zip(*(s.split(max(1, CHUNK // model.config.vocab_size)) for s in states)):
-        yield [model.head(part).float() for part in parts]
+def losses(model, h, targets, dense=None):
+    """What hidden states h (tokens, D) cost: negative log-likelihood of targets (tokens,) and, given the `dense` model's states, KL
+    from them: two (tokens,) float64 in nats, the second None without `dense`. A target of -1 is none; its likelihood means nothing.
 
-
-def nll(model, h, targets):
-    """Negative log-likelihoods (tokens,) in nats of targets (tokens,) under hidden states h (tokens, D)."""
-    parts = targets.split(max(1, CHUNK // model.config.vocab_size))
-    return torch.cat([torch.nn.functional.cross_entropy(z, y, reduction="none") for (z,), y in zip(chunks(model, h), parts)])
+    The vocabulary goes by in slices, so that at most CHUNK logits exist of each side. With z the logits and L the log of their
+    summed exponentials, -log q_y = L_q - z_qy and KL = sum_v p_v (z_pv - z_qv) - L_p + L_q, the sum over v slice by slice.
+    """
+    size = max(1, (CHUNK if h.device.type == "cpu" else 16 * CHUNK) // max(1, len(h)))      # many small kernels starve a GPU
+    slices, target = model.head.weight.split(size), torch.zeros(len(h), device=h.device)
+    # allocated before the loop: small tensors that outlive their slice would lie between the large ones and scatter the heap
+    q_sum, p_sum, gap = torch.zeros(3, len(slices), len(h), dtype=torch.float64, device=h.device)
+    for i, words in enumerate(slices):
+        q, place = linear(h, words).float(), targets - i * size
+        here = q.gather(1, place.clamp(0, len(words) - 1)[:, None])[:, 0]
+        target += here.where((place >= 0) & (place < len(words)), 0)
+        q_sum[i] = q.logsumexp(1)
+        if dense is not None:
+            p = linear(dense, words).float()
+            p_sum[i] = p.logsumexp(1)
+            q.sub_(p)
+            gap[i] = p.sub_(p_sum[i].float()[:, None]).exp_().mul_(q).sum(1)                 # p within its slice, times z_q - z_p
+            del p
+        del q, here
+    q_all, p_all = q_sum.logsumexp(0), p_sum.logsumexp(0)
+    kl = None if dense is None else q_all - p_all - ((p_sum - p_all).exp() * gap).sum(0)
+    return q_all - target, kl
 
 
 @torch.inference_mode()
@@ -138,8 +155,8 @@ def perplexity(model, tokens, seqlen=None):
     total, count = 0.0, 0
     for w in tqdm(batches(cut(tokens, seqlen)), desc="perplexity", disable=None, leave=False):
         w = w.to(model.embed.weight.device)
-        losses = nll(model, model.hidden(w)[:, :-1].flatten(0, 1), w[:, 1:].flatten())
-        total, count = total + losses.sum(dtype=torch.float64), count + losses.numel()
+        nll, _ = losses(model, model.hidden(w)[:, :-1].flatten(0, 1), w[:, 1:].flatten())
+        total, count = total + nll.sum(), count + nll.numel()
     return math.exp(min(float(total) / count, 700))
 
 
@@ -150,7 +167,7 @@ def bits_per_byte(model, tokens, n_bytes, bos, seqlen):
     for y in (*batches(cut(tokens, seqlen)), tokens[None, len(tokens) // seqlen * seqlen:]):
         y = y.to(model.embed.weight.device)
         x = torch.cat([torch.full_like(y[:, :1], bos), y[:, :-1]], 1)
-        total += nll(model, model.hidden(x).flatten(0, 1), y.flatten()).sum(dtype=torch.float64)
+        total += losses(model, model.hidden(x).flatten(0, 1), y.flatten())[0].sum()
     return float(total) / math.log(2) / n_bytes
 
 
@@ -158,7 +175,7 @@ class Divergence:
     """f2: KL(P_dense || P_pruned) in nats per token, the mean over all positions of windows (n, T).
 
     The dense side is recorded at construction, as final hidden states: (n T, D) instead of (n T, V), for the head is never pruned.
-    Calling it measures the model as it is now. Memory beyond that: three times CHUNK logits in float32.
+    Calling it measures the model as it is now. Memory beyond that: four times CHUNK logits in float32.
     """
 
     @torch.inference_mode()
@@ -175,11 +192,8 @@ class Divergence:
         kl = loss = torch.zeros((), dtype=torch.float64, device=self.windows.device)
         for w, dense in zip(batches(self.windows), self.dense):
             y = torch.cat([w[:, 1:], torch.full_like(w[:, :1], -1)], 1).flatten()        # -1: the last position has no target
-            h = self.model.hidden(w).flatten(0, 1)
-            for logits, y in zip(chunks(self.model, dense, h), y.split(max(1, CHUNK // self.model.config.vocab_size))):
-                q, p = logits.pop().log_softmax(-1), logits.pop().log_softmax(-1)       # popped, so that each is freed at once
-                loss = loss - (q.gather(1, y.clamp(min=0)[:, None])[:, 0] * (y >= 0)).sum(dtype=torch.float64)
-                kl = kl + p.exp().mul_(p.sub_(q)).sum(-1).sum(dtype=torch.float64)
+            nll, divergence = losses(self.model, self.model.hidden(w).flatten(0, 1), y, dense)
+            loss, kl = loss + nll.where(y >= 0, 0).sum(), kl + divergence.sum()
         scored = self.windows.numel() - len(self.windows)
         return max(float(kl) / self.windows.numel(), 0.0), math.exp(min(float(loss) / scored, 700))
 
@@ -235,8 +249,8 @@ def log_likelihoods(model, pairs, label=""):
             counts = [min(pairs[i][1], len(s) - 1) for i, s in zip(batch, ids)]
             scored = torch.cat([h[j, len(s) - 1 - c:len(s) - 1] for j, (s, c) in enumerate(zip(ids, counts))])
             targets = torch.tensor([t for s, c in zip(ids, counts) for t in s[len(s) - c:]], device=device)
-            losses = nll(model, scored, targets).double().cpu().split(counts)
-            result[batch] = -torch.stack([x.sum() for x in losses])
+            nll = losses(model, scored, targets)[0].cpu().split(counts)
+            result[batch] = -torch.stack([x.sum() for x in nll])
             bar.update(len(batch))
     return result
 
