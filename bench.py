@@ -8,7 +8,6 @@ Laptop    python bench.py                          (3 minutes; ends with the spe
 Full      python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3 --resume
 """
 import ctypes
-import json
 import math
 import re
 import statistics
@@ -23,9 +22,10 @@ from baselines import evopress, gp_search, outlier_shares, owl_best, uniform
 from eval import CHUNK, Divergence, sha256
 from gp import GaussianProcess
 from llama import Config, Llama, Parser, add_model, choose_device, pack, read_json, run, unpack, weight_files
-from prune import LINEARS, Pruner, activation_norms, rank, setting, wanda, write_text
+from outputs import write_json
+from prune import LINEARS, Pruner, activation_norms, rank, setting, wanda
 from train import one_thread, search
-from unicuco import StratNet, first_design, strategy_for
+from unicuco import StratNet, finite, first_design, strategy_for
 
 QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)                       # requests that a baseline is measured on, unless --full
 PERPLEXITIES = (0.5, 0.6, 0.7)
@@ -44,7 +44,7 @@ class Counter:
         self.pruner.apply(strategy)
         self.tokens += self.divergence.windows.numel()
         self.bar.update(1 / self.share)
-        return self.divergence()
+        return finite(self.divergence())
 
 
 class Memory:
@@ -68,7 +68,7 @@ class Memory:
 
     def write(self, **more):
         self.content.update(more)
-        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
+        write_json(self.path, self.content)
 
 
 def serve(memory, pruner, divergence, quick, shares, requests, names, budget, initial, rounds, seed, bar):
@@ -124,7 +124,7 @@ def judge(memory, methods, pruner, tests, seed, bar):
 
     def measured(strategy):
         pruner.apply(strategy)
-        return {"counted": pruner.sparsity(strategy), **{name: list(d.measure()) for name, d in references.items()}}
+        return {"counted": pruner.sparsity(strategy), **{name: list(map(finite, d.measure())) for name, d in references.items()}}
 
     judged = {}
     for method, m in methods.items():
@@ -447,11 +447,11 @@ def main():
         model, _, windows, search_windows, held_out = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, 0)
     if a.sequential:
         rows = sequential(model, windows, {name: w[:max(1, a.test_tokens // w.shape[1])] for name, w in held_out.items()})
-        write_text(out / "sequential.json", json.dumps({"inputs": inputs, "rows": rows}, indent=1) + "\n")
+        write_json(out / "sequential.json", {"inputs": inputs, "rows": rows})
         return print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'sequential.json'}")
     if a.stages:
         rows = stages(model, windows, search_windows)
-        write_text(out / "stages.json", json.dumps({"inputs": inputs, "rows": rows, "slopes": slopes()}, indent=1) + "\n")
+        write_json(out / "stages.json", {"inputs": inputs, "rows": rows, "slopes": slopes()})
         return print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'stages.json'}")
     seeds, memory = [], Memory(out / "bench.json", inputs, a.resume)
     for seed in range(a.seeds):

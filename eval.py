@@ -129,20 +129,17 @@ def losses(model, h, targets, dense=None):
     """
     size = max(1, (CHUNK if h.device.type == "cpu" else 16 * CHUNK) // max(1, len(h)))      # many small kernels starve a GPU
     slices, target = model.head.weight.split(size), torch.zeros(len(h), device=h.device)
-    # allocated before the loop: small tensors that outlive their slice would lie between the large ones and scatter the heap
+    # before the loop, for small tensors that outlive their slice would lie between the large ones and scatter the heap
     q_sum, p_sum, gap = torch.zeros(3, len(slices), len(h), dtype=torch.float64, device=h.device)
     for i, words in enumerate(slices):
         q, place = linear(h, words).float(), targets - i * size
-        here = q.gather(1, place.clamp(0, len(words) - 1)[:, None])[:, 0]
-        target += here.where((place >= 0) & (place < len(words)), 0)
+        target += q.gather(1, place.clamp(0, len(words) - 1)[:, None])[:, 0].where((place >= 0) & (place < len(words)), 0)
         q_sum[i] = q.logsumexp(1)
         if dense is not None:
             p = linear(dense, words).float()
             p_sum[i] = p.logsumexp(1)
             q.sub_(p)
             gap[i] = p.sub_(p_sum[i].float()[:, None]).exp_().mul_(q).sum(1)                 # p within its slice, times z_q - z_p
-            del p
-        del q, here
     q_all, p_all = q_sum.logsumexp(0), p_sum.logsumexp(0)
     kl = None if dense is None else q_all - p_all - ((p_sum - p_all).exp() * gap).sum(0)
     return q_all - target, kl

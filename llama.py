@@ -163,7 +163,6 @@ class Llama(nn.Module):
 
     embed = property(lambda self: self.model.embed_tokens)
     blocks = property(lambda self: self.model.layers)
-    norm = property(lambda self: self.model.norm)
     head = property(lambda self: self.lm_head)
 
     def rotary(self, T, start=0):
@@ -176,8 +175,7 @@ class Llama(nn.Module):
             frequency = (1 - blend) * frequency / s["factor"] + blend * frequency
         elif c.rope_scaling:
             frequency = frequency / c.rope_scaling["factor"]
-        angle = torch.outer(torch.arange(start, start + T, device=like.device).float(), frequency)
-        angle = torch.cat((angle, angle), -1)
+        angle = torch.outer(torch.arange(start, start + T, device=like.device).float(), frequency).repeat(1, 2)
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
     def hidden(self, tokens, cache=None):
@@ -186,7 +184,7 @@ class Llama(nn.Module):
         rotary, h = self.rotary(tokens.shape[1], start), self.embed(tokens)
         for i, block in enumerate(self.blocks):
             h = block(h, rotary, cache[i] if cache else None)
-        return self.norm(h)
+        return self.model.norm(h)
 
     def forward(self, tokens):
         return self.head(self.hidden(tokens))
@@ -263,6 +261,9 @@ def open_weights(path):
 def weight_files(folder):
     """{file: {tensor: (shape, dtype)}} of a checkpoint folder, weights unread; ValueError where index and shards disagree."""
     index, single = Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
+    for path in Path(folder).glob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):            # opening a pipe would wait for ever
+            raise ValueError(f"{path} is neither a file nor a folder")
     if not (index.exists() or single.exists()):
         raise ValueError(f"{folder} holds neither {single.name} nor {index.name}")
     promised = read_json(index).get("weight_map") if index.exists() else {}
@@ -321,7 +322,7 @@ def load_llama(path, device="cpu", dtype=torch.float32):
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder (a model is a folder with config.json, model.safetensors and a tokenizer)")
-    config, files = Config.read(folder / "config.json"), weight_files(folder)
+    files, config = weight_files(folder), Config.read(folder / "config.json")
     if config.num_hidden_layers * 9 > sum(map(len, files.values())):
         raise ValueError(f"{folder} has {sum(map(len, files.values()))} tensors, too few for {config.num_hidden_layers} blocks")
     with torch.device("meta"):
@@ -421,8 +422,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description="\n  ".join(["examples:", *examples]) + "\n\n" + doc.strip().splitlines()[0], usage="%(prog)s [options]",
                          formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118))
 
-    def error(self, message):
-        fail(message)
+    error = lambda self, message: fail(message)
 
 
 def add_model(parser):

@@ -4,6 +4,8 @@ Outputs are complete or absent: everything is written beside its place and renam
 Reading   beside unicuco.py; can be skipped at first. Imports nothing from this folder.
 """
 import contextlib
+import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -26,6 +28,21 @@ def write_text(path, text):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def strict(value):
+    """`value` for json.dumps, numbers that JSON does not have, NaN and infinity, as null."""
+    if isinstance(value, dict):
+        return {key: strict(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path, value, rows=False):
+    """Write `value` to the file `path` at once, as JSON that every reader takes; rows: a list, one item a line."""
+    value = strict(value)
+    write_text(path, ("[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if rows else json.dumps(value, indent=1)) + "\n")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from eval import Divergence, batches, draw, load_texts, sha256
 from gp import GaussianProcess
 from llama import Parser, add_model, choose_device, load_llama, run, save_llama
 from offload import offload_blocks
-from outputs import new_folder, write_text
+from outputs import new_folder, strict, write_json
 from unicuco import load_stratnet, strategy_for
 from wishes import KINDS, Unreachable, packed_bytes, parse_request, read_requests, strategy_of
 
@@ -357,14 +357,14 @@ def main():
                           "metric": a.metric, "pattern": a.pattern, "model": name, "dense_ppl": dense_ppl, "measured_on": text,
                           "tokens": test.numel(), "calibration": {"text": a.data.name if a.data else "stdlib", "tokens": windows.numel(),
                                                                   "sha256": sha256(a.data) if a.data else None}}
-                write_text(folder / "strategy.json", json.dumps(record, indent=1) + "\n")
+                write_json(folder / "strategy.json", record)
         row["seconds"] = round(time.perf_counter() - started, 3)
         table.append(row)
         say(f"{r['name']:<{width}}  {counted:8.4f}  {kl:6.4f}  {ppl:10.3f}  {row['bytes'] or '-':>9}  {row['seconds']:7.2f}")
         if not several or a.dry_run:
             say(f"{'':<{width}}  blocks " + " ".join(f"{x:.2f}" for x in strategy.tolist()))
     if a.json:
-        print(json.dumps(table, indent=1)) if a.json == "-" else write_text(a.json, json.dumps(table, indent=1) + "\n")
+        print(json.dumps(strict(table), indent=1)) if a.json == "-" else write_json(a.json, table)
     if not a.dry_run:
         written = [str(r["out"]) for r, row in zip(requests, table) if "unmet" not in row]
         say("wrote " + (", ".join(written[:3]) or "nothing") + (f" and {len(written) - 3} more" if len(written) > 3 else ""))

@@ -656,7 +656,8 @@ def test_what_was_measured_is_never_measured_again_and_survives_the_run(tmp_path
     first = measure(strategies[:2]) + measure(strategies)
     assert first[:4] == [0.375, 0.5, 0.375, 0.5] and math.isnan(first[4]) and len(asked) == 3
     again = train.Measure(f2, tmp_path, True, Bar())(strategies)
-    assert again[:2] == [0.375, 0.5] and math.isnan(again[2]) and len(asked) == 3            # NaN is remembered too
+    assert again[:2] == [0.375, 0.5] and math.isnan(again[2]) and len(asked) == 3            # NaN is remembered too, in JSON that has none:
+    assert [kl for _, kl in json.loads((tmp_path / "evaluations.0.json").read_text(), parse_constant=pytest.fail)["evaluations"]] == [0.375, 0.5, None]
     train.Measure(f2, tmp_path, False, Bar())(strategies[:1])
     assert len(asked) == 4                                                                   # without --resume it starts anew
 
@@ -667,7 +668,7 @@ def test_evaluations_are_read_back_bit_for_bit_and_what_is_none_is_refused_in_on
     path.write_text(json.dumps({"evaluations": whole}))
     measure = train.Measure(None, tmp_path, True, None)
     assert measure.own == whole and measure.known == {(0.1, 1 / 3): 0.123456789012345678, (0.0, 0.9): float("inf")}
-    for broken in ("", "[]", "{}", '{"evaluations": 3}', '{"evaluations": [[1, 2]]}', '{"evaluations": [[[0.1], "x"]]}', '{"evaluations": [[[0.1], null]]}',
+    for broken in ("", "[]", "{}", '{"evaluations": 3}', '{"evaluations": [[1, 2]]}', '{"evaluations": [[[0.1], "x"]]}',
                    '{"evaluations": [[[0.1]]]}', '{"evaluations": [[["a"], 1]]}', json.dumps({"evaluations": whole})[:-9]):
         path.write_text(broken)
         with pytest.raises(ValueError) as error:

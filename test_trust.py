@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from checks import fuzz, kills
 from eval import read_documents, tokenise
-from llama import Tokenizer, load_llama, save_llama, stream
-from outputs import new_folder, replacing, write_text
+from llama import Tokenizer, load_llama, save_llama, stream, weight_files
+from outputs import new_folder, replacing, strict, write_json, write_text
 from packed import pack
 from prune import Pruner
 from unicuco import Scale, StratNet, load_stratnet, save_stratnet
@@ -122,7 +122,7 @@ def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused_and_its_padding_a
 def test_a_model_with_more_tokens_than_its_tokenizer_still_writes_text(place):
     model, tokenizer = load_llama(place("plain"))
     model.head.weight.data[:] = 0
-    model.head.weight.data[310] = model.norm.weight.data.sign()       # a token that the tokenizer, of 300, does not have
+    model.head.weight.data[310] = model.model.norm.weight.data.sign()       # a token that the tokenizer, of 300, does not have
     assert isinstance("".join(stream(model, tokenizer, "def", 4)), str)
 
 
@@ -195,6 +195,27 @@ def test_folders_named_like_files_are_not_copied(place, tmp_path):
     (folder / "more.json").mkdir()
     save_llama(load_llama(folder)[0], tmp_path / "saved", folder)
     assert load_llama(tmp_path / "saved") and not (tmp_path / "saved" / "more.json").exists()
+
+
+def test_a_pipe_in_a_checkpoint_is_refused_instead_of_waited_for(place):
+    folder = place("plain")
+    for name in ("model.safetensors", "config.json", "tokenizer.model", "notes"):
+        if (folder / name).exists():
+            (folder / name).rename(folder / ("old " + name))
+        os.mkfifo(folder / name)
+        for read in (load_llama, weight_files):
+            refuses(read, folder, match=f"{name} is neither a file nor a folder")
+        (folder / name).unlink()
+        if (folder / ("old " + name)).exists():
+            (folder / ("old " + name)).rename(folder / name)
+    assert load_llama(folder)
+
+
+def test_json_holds_neither_nan_nor_infinity(tmp_path):
+    for rows, value in ((False, {"a": [math.nan, (1.5, {"b": -math.inf})], "c": "NaN", "d": None, "e": True}), (True, [{"a": math.inf}, 2])):
+        write_json(tmp_path / "x.json", value, rows)
+        assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == strict(value)
+    assert strict({"a": [math.nan, (1.5, {"b": -math.inf})], "c": "NaN"}) == {"a": [None, [1.5, {"b": None}]], "c": "NaN"}
 
 
 def stratnet_changes():

@@ -10,7 +10,7 @@ Full      torchrun --nproc-per-node=8 train.py --model ~/Llama-2-7b-hf --data c4
 """
 import contextlib
 import hashlib
-import json
+import math
 import os
 import platform
 import statistics
@@ -25,7 +25,8 @@ from tqdm import tqdm
 from eval import Divergence, sha256, stdlib_files
 from gp import GaussianProcess
 from llama import Parser, add_model, choose_device, first_line, read_json, run, weight_files
-from prune import METRICS, Pruner, setting, write_text
+from outputs import write_json
+from prune import METRICS, Pruner, setting
 from unicuco import (Scale, StratNet, first_design, hypervolume, log_divergence, save_stratnet, scattered, select_batch, strategy_for,
                      train_stratnet)
 
@@ -90,7 +91,7 @@ def search(measure, blocks, initial=48, rounds=14, batch=4, mean="blocks", kappa
 def read_evaluations(path):
     """[[strategy, KL], ...] of the file `path`, which `Measure` wrote; ValueError, in one line, for anything else."""
     try:
-        return [[[float(v) for v in x], float(kl)] for x, kl in read_json(path)["evaluations"]]
+        return [[[float(v) for v in x], math.nan if kl is None else float(kl)] for x, kl in read_json(path)["evaluations"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no evaluations to resume from: {first_line(error)}") from None
 
@@ -120,7 +121,7 @@ class Measure:
                     self.known[key] = self.f2(x)
                     self.seconds += time.perf_counter() - started
                     self.own.append([list(key), self.known[key]])
-                    write_text(self.path, json.dumps({"evaluations": self.own}))
+                    write_json(self.path, {"evaluations": self.own})
                 values[i] = self.known[key]
                 self.bar.update(self.world if i + self.world < len(strategies) else len(strategies) - i)
         if self.world > 1:
@@ -220,7 +221,7 @@ def main():
     if local_rank == 0:
         for path in () if a.resume and settings_path.exists() else out.glob("evaluations.*.json"):
             path.unlink()                                   # of an earlier run
-        write_text(settings_path, json.dumps(settings, indent=1) + "\n")
+        write_json(settings_path, settings)
         print(f"{a.model.resolve().name} on {device}, {a.dtype} ({reason}); Python {platform.python_version()}, torch {torch.__version__}, "
               f"{torch.get_num_threads()} threads; calibration {windows.numel()} tokens, f2 {search_windows.numel()} tokens")
     if dist.is_initialized():
@@ -241,12 +242,12 @@ def main():
     if local_rank:
         return                                              # one process of each machine measures the table and writes the files
     searched = time.perf_counter() - started
-    write_text(out / "measured.json", "[\n" + ",\n".join(json.dumps(e) for e in log) + "\n]\n")
+    write_json(out / "measured.json", log, rows=True)
     save_stratnet(out / "stratnet.safetensors", net, scale, torch.tensor([e["strategy"] for e in log], dtype=torch.float64),
                   torch.tensor([log_divergence(e["measured"]) for e in log], dtype=torch.float64), {**settings, "evaluations": total})
     pruner.restore()
     rows = compare(net, pruner, tests)
-    write_text(out / "results.json", "[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+    write_json(out / "results.json", rows, rows=True)
     print(f"\n{total} evaluations of f2 in {measure.seconds:.1f} s, {100 * measure.seconds / searched:.0f} % of the {searched:.1f} s before the table;"
           f" {time.perf_counter() - started:.1f} s in all; wrote {out}")
     last = [e for e in log if e["round"] == a.rounds and e["predicted"]]

@@ -34,9 +34,14 @@ DIVERGENCES = (1e-6, 1e2)           # y = log f2 is clipped to these: log 0 belo
 
 
 # ---------------------------------------------------------------------------------------------------------- objectives
+def finite(kl):
+    """KL in nats; one that is NaN or infinite counts as 100, so that nothing non-finite is compared, averaged or learned."""
+    return kl if math.isfinite(kl) else DIVERGENCES[1]
+
+
 def log_divergence(kl):
-    """y = log f2 in nats; a KL that is NaN or infinite counts as 100 nats, so that nothing non-finite reaches the GP."""
-    return math.log(min(max(kl, DIVERGENCES[0]), DIVERGENCES[1])) if math.isfinite(kl) else math.log(DIVERGENCES[1])
+    """y = log f2 in nats, what the GP learns."""
+    return math.log(min(max(finite(kl), DIVERGENCES[0]), DIVERGENCES[1]))
 
 
 @dataclass
