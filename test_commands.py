@@ -60,8 +60,7 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def tasks(tmp_path):
+def write_tasks(folder):
     """Three rows of every zero-shot task."""
     piqa = dict(goal="To open a door", sol1="turn the handle", sol2="eat the handle", label=0)
     arc = dict(question="What is water?", choices=dict(text=["a liquid", "a stone", "a bird"], label=["A", "B", "C"]), answerKey="A")
@@ -69,8 +68,13 @@ def tasks(tmp_path):
     wino = dict(sentence="Ann beat Eve so _ won.", option1="Ann", option2="Eve", answer="1")
     for task, row in (("piqa", piqa), ("arc_easy", arc), ("arc_challenge", arc), ("hellaswag", swag), ("winogrande", wino)):
         other = {k: v + " indeed" if isinstance(v, str) and k in ("goal", "question", "ctx_a") else v for k, v in row.items()}
-        (tmp_path / evaluation.TASKS[task]).write_text("\n".join(map(json.dumps, (row, other, row))))
-    return tmp_path
+        (folder / evaluation.TASKS[task]).write_text("\n".join(map(json.dumps, (row, other, row))))
+    return folder
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    return write_tasks(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------------- eval.py

@@ -15,11 +15,14 @@ import torch
 
 import baselines
 import bench
+import eval as evaluation
 import plot
+import stages
 import train
 import unicuco
 from llama import load_llama, run
 from prune import LINEARS
+from test_commands import write_tasks
 from test_unicuco import ROOT, write_small
 
 BLOCKS = 8
@@ -154,7 +157,8 @@ def test_the_comparison_writes_and_prints_a_table_of_finite_numbers_with_uniform
     found = result["found"]
 
     def judged(seed, method, s):
-        return found[f"{seed} {method} {s} on 256 tokens"]
+        value, = (v for k, v in found.items() if k.startswith(f"{seed} {method} {s} ") and k.endswith(" on 256 tokens"))
+        return value
 
     for seed in range(2):                                                  # all methods at the same count, to one step; the ratios are theirs
         for method in rows:
@@ -185,13 +189,37 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_it_found_and_refuses_ot
     assert call(bench, *words, "--tokens", 128, "--resume") == 2 and "another tokens: 256, now 128" in capsys.readouterr().err
 
 
+def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(small, text, tmp_path, short, capsys):
+    words = (*options(small, text, tmp_path), "--budget", 8, "--methods", "unicuco", "evopress", "--tasks", write_tasks(tmp_path), "--limit", 3)
+    assert call(bench, *words) == 0
+    content = json.loads((tmp_path / "bench.json").read_text())
+    rows = {(r["method"], r["sparsity"]): r for r in content["benchmarks"]}
+    assert rows.keys() == {("dense", 0), *((m, s) for m in ("uniform", "UniCuCo", "EvoPress, 8 each") for s in (0.5, 0.6))}
+    model, tokenizer, windows, _, held_out = bench.setting(small, text, None, torch.device("cpu"), torch.float32, 64, 4, 256, 0)
+    (_, unseen), = held_out.items()
+    unseen = unseen.flatten()[:unseen.numel() // 128 * 128].view(-1, 128)                    # 128: the model's positions
+    divergence, pruner = evaluation.Divergence(model, unseen), bench.Pruner(model, windows)
+    assert rows["dense", 0]["kl"] == 0 and rows["dense", 0]["ppl"] == pytest.approx(evaluation.perplexity(model, unseen.flatten(), 128), rel=1e-6)
+    pruner.apply(content["found"]["0 UniCuCo, 48 and 14 rounds"]["strategies"]["0.6"][0])
+    assert [rows["UniCuCo", 0.6]["kl"], rows["UniCuCo", 0.6]["ppl"]] == list(divergence.measure())
+    for task in evaluation.TASKS:
+        expected = evaluation.zero_shot(model, tokenizer, task, evaluation.read_rows(tmp_path, task, 3))
+        assert rows["UniCuCo", 0.6][task]["acc"] == expected["acc"] == rows["UniCuCo", 0.6][task]["right"].count("1") / 3
+    printed = capsys.readouterr().out
+    assert "zero-shot accuracy in %, 3, 3, 3, 3, 3 documents" in printed
+    rights = [[float(c) - float(d) for c, d in zip(rows["uniform", 0.5][t]["right"], rows["dense", 0][t]["right"])] for t in evaluation.TASKS]
+    error = math.sqrt(sum(np.var(r, ddof=1) / 3 for r in rights)) / 5
+    assert f"{100 * np.mean(rights):+.1f} ± {100 * error:.1f}" in next(l for l in printed.splitlines() if re.match(r"uniform +0.50 ", l))
+    assert call(bench, *words, "--resume") == 0 and json.loads((tmp_path / "bench.json").read_text())["benchmarks"] == content["benchmarks"]
+
+
 def test_slopes_are_those_of_log_seconds_over_log_size(monkeypatch):
     calls = []
-    monkeypatch.setattr(bench, "race", lambda work, repeats: calls.append(work) or [float(2 ** (len(calls) % 4 * 2))])      # 4 times for each doubling
-    monkeypatch.setattr(bench, "Divergence", lambda model, windows: None)
-    rows = bench.slopes()
+    monkeypatch.setattr(stages, "race", lambda work, repeats: calls.append(work) or [float(2 ** (len(calls) % 4 * 2))])      # 4 times for each doubling
+    monkeypatch.setattr(stages, "Divergence", lambda model, windows: None)
+    rows = stages.slopes()
     assert len(calls) == 4 * len(rows) and all(r["sizes"][1] == 2 * r["sizes"][0] for r in rows)
-    assert all(len(r["seconds"]) == 4 and r["slope"] == pytest.approx(bench.statistics.linear_regression(
+    assert all(len(r["seconds"]) == 4 and r["slope"] == pytest.approx(statistics.linear_regression(
         [math.log(n) for n in r["sizes"]], [math.log(t) for t in r["seconds"]]).slope, rel=1e-9) for r in rows)
 
 
@@ -225,8 +253,8 @@ def test_stages_are_timed_against_their_floors_and_leave_the_model_as_it_was(sma
 def test_the_gp_fits_as_well_as_botorchs(monkeypatch):
     pytest.importorskip("botorch")
     rows = []
-    monkeypatch.setattr(bench, "race", lambda *functions, repeats=5: [f() and 1.0 or 1.0 for f in functions])        # once each, not timed
-    bench.gp_stages(lambda *row: rows.append(row))
+    monkeypatch.setattr(stages, "race", lambda *functions, repeats=5: [f() and 1.0 or 1.0 for f in functions])        # once each, not timed
+    stages.gp_stages(lambda *row: rows.append(row))
     theirs, ours = map(float, re.search(r"likelihood ([\d.-]+) / ([\d.-]+)", rows[0][1]).groups())
     assert len(rows) == 2 and ours > theirs - 0.5                          # nats, of 200 values; no priors on either side
 
