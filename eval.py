@@ -141,8 +141,7 @@ def losses(model, h, targets, dense=None):
             q.sub_(p)
             gap[i] = p.sub_(p_sum[i].float()[:, None]).exp_().mul_(q).sum(1)                 # p within its slice, times z_q - z_p
     q_all, p_all = q_sum.logsumexp(0), p_sum.logsumexp(0)
-    kl = None if dense is None else q_all - p_all - ((p_sum - p_all).exp() * gap).sum(0)
-    return q_all - target, kl
+    return q_all - target, None if dense is None else q_all - p_all - ((p_sum - p_all).exp() * gap).sum(0)
 
 
 @torch.inference_mode()
