@@ -2,7 +2,7 @@
 What UniCuCo is compared with: uniform, OWL, EvoPress and a per-request Gaussian process, on the same masks and the same f2.
 
 Source    OWL (arXiv 2310.05175), EvoPress (arXiv 2410.14649); each docstring says what was left out.
-Reading   after train.py. Next: bench.py.
+Reading   after train.py. Next: stages.py.
 Shapes    d blocks; a strategy (d,) is the sparsity of each block; every baseline returns one for the same counted sparsity.
 """
 import time

@@ -2,7 +2,7 @@
 The comparison that the paper claims: many requests, served by UniCuCo and by searches that start anew for each.
 
 Source    the comparison of UniCuCo (arXiv 2505.12216): 64 requests; methods as in baselines.py.
-Reading   after baselines.py and stages.py.
+Reading   after stages.py.
 Laptop    python bench.py                          (3 minutes; ends with the speed at equal quality)
           python bench.py --stages                 (1 minute; every stage against its floor, one ratio each)
 Full      python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3 --resume

@@ -1,7 +1,7 @@
 """
 What each stage costs, measured against its floor or against the tool one would take otherwise; how costs grow; Wanda block by block.
 
-Reading   after train.py. Next: bench.py, whose --stages and --sequential it serves.
+Reading   after baselines.py. Next: bench.py, whose --stages and --sequential it serves.
 Units     ratios of medians in one run; seconds stand beside them.
 Laptop    python bench.py --stages                         (1 minute; ends with the file that it wrote)
 """
