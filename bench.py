@@ -24,7 +24,7 @@ from outputs import write_json
 from prune import Pruner, setting
 from stages import sequential, slopes, stages
 from train import search
-from unicuco import finite, strategy_for
+from unicuco import DIVERGENCES, finite, strategy_for
 
 QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)                       # requests that a baseline is measured on, unless --full
 HARD = (0.5, 0.6)                                       # requests whose strategies are read a whole text and asked zero-shot tasks
@@ -123,6 +123,12 @@ def mark(strategy):
     return hashlib.sha256(repr(strategy).encode()).hexdigest()[:8]
 
 
+def outcome(divergence):
+    """[KL, perplexity] of the model as it is now; of a ruined one 100 nats and exp(100)."""
+    kl, ppl = divergence.measure()
+    return [finite(kl), ppl if math.isfinite(ppl) else math.exp(DIVERGENCES[1])]
+
+
 def judge(memory, methods, pruner, tests, seed, bar):
     """KL and perplexity of every strategy on every test text: {method: {request: {"counted", test: [kl, ppl]}}}."""
     pruner.restore()
@@ -131,7 +137,7 @@ def judge(memory, methods, pruner, tests, seed, bar):
 
     def measured(strategy):
         pruner.apply(strategy)
-        return {"counted": pruner.sparsity(strategy), **{name: list(map(finite, d.measure())) for name, d in references.items()}}
+        return {"counted": pruner.sparsity(strategy), **{name: outcome(d) for name, d in references.items()}}
 
     judged = {}
     for method, m in methods.items():
@@ -142,25 +148,27 @@ def judge(memory, methods, pruner, tests, seed, bar):
     return judged
 
 
-def benchmarks(memory, a, model, tokenizer, pruner, methods, held_out, seed):
+def benchmarks(memory, model, tokenizer, pruner, methods, held_out, folder, limit, seed):
     """The dense model and the methods at sparsities HARD, on all of the first test text and on zero-shot tasks: rows
     {"method", "sparsity", "text", "tokens", "kl", "ppl", task: {"acc", "acc_norm", "right": "0110..."}}."""
-    pruner.restore()
     text, windows = next(iter(held_out.items()))
     windows, references = cut(windows.flatten(), min(2048, model.config.max_position_embeddings)), []
     last = [m for m in methods if m.startswith("EvoPress")][-1:]
     asked = [("dense", 0.0, None)] + [(m, s, methods[m]["strategies"][s][0]) for s in HARD for m in methods if m in last or not m.startswith("EvoPress")]
-    rows = {task: read_rows(a.tasks, task, a.limit) for task in TASKS}
+    rows = {task: read_rows(folder, task, limit) for task in TASKS}
+
+    def prune(strategy):
+        pruner.restore() if strategy is None else pruner.apply(strategy)
 
     def read(strategy):
-        if not references:
-            pruner.restore()
+        if not references:                                  # a resumed comparison may need none
+            prune(None)
             references.append(Divergence(model, windows))
-        pruner.restore() if strategy is None else pruner.apply(strategy)
-        return list(map(finite, references[0].measure()))
+        prune(strategy)
+        return outcome(references[0])
 
     def answer(strategy, task):
-        pruner.restore() if strategy is None else pruner.apply(strategy)
+        prune(strategy)
         r = zero_shot(model, tokenizer, task, rows[task])
         return {"acc": r["acc"], "acc_norm": r["acc_norm"], "right": "".join("01"[p == g] for p, g in zip(r["predictions"], r["gold"]))}
 
@@ -201,15 +209,14 @@ def one_seed(memory, a, seed, device, dtype, requests):
     with tqdm(total=total, desc=f"seed {seed}, evaluations of f2", disable=None, bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]") as bar:
         methods = serve(memory, pruner, divergence, quick, outlier_shares(model, windows) if "owl" in a.methods else None, requests,
                         a.methods, a.budget, a.initial, a.rounds, seed, bar)
+    if a.tasks and seed == 0:
+        memory.write(benchmarks=benchmarks(memory, model, tokenizer, pruner, methods, held_out, a.tasks, a.limit, seed))
     with tqdm(total=sum(len(m["strategies"]) for m in methods.values()), desc=f"seed {seed}, unseen text", disable=None) as bar:
         judged = judge(memory, methods, pruner, tests, seed, bar)
         if "magnitude" in a.methods:
             name = METHODS["magnitude"]
             methods[name] = methods["uniform"]
             judged |= judge(memory, {name: methods["uniform"]}, Pruner(model, windows, "magnitude"), tests, seed, bar)
-            pruner = Pruner(model, windows)
-    if a.tasks and seed == 0:
-        memory.write(benchmarks=benchmarks(memory, a, model, tokenizer, pruner, methods, held_out, seed))
     return {"seed": seed, "calibration": calibration, "tests": {name: w.numel() for name, w in tests.items()}, "judged": judged,
             "methods": {name: {"shared": m["shared"], "evaluations": m["evaluations"], "strategies": {s: x for s, (x, _) in m["strategies"].items()},
                                "seconds": {s: t for s, (_, t) in m["strategies"].items()}} for name, m in methods.items()}}

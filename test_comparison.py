@@ -190,7 +190,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_it_found_and_refuses_ot
 
 
 def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(small, text, tmp_path, short, capsys):
-    words = (*options(small, text, tmp_path), "--budget", 8, "--methods", "unicuco", "evopress", "--tasks", write_tasks(tmp_path), "--limit", 3)
+    words = (*options(small, text, tmp_path), "--budget", 8, "--methods", "unicuco", "evopress", "magnitude", "--tasks", write_tasks(tmp_path), "--limit", 3)
     assert call(bench, *words) == 0
     content = json.loads((tmp_path / "bench.json").read_text())
     rows = {(r["method"], r["sparsity"]): r for r in content["benchmarks"]}
@@ -211,6 +211,16 @@ def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(sm
     error = math.sqrt(sum(np.var(r, ddof=1) / 3 for r in rights)) / 5
     assert f"{100 * np.mean(rights):+.1f} ± {100 * error:.1f}" in next(l for l in printed.splitlines() if re.match(r"uniform +0.50 ", l))
     assert call(bench, *words, "--resume") == 0 and json.loads((tmp_path / "bench.json").read_text())["benchmarks"] == content["benchmarks"]
+
+
+def test_a_ruined_model_counts_as_100_nats_in_kl_and_perplexity_alike():
+    class Measured:
+        def __init__(self, *values):
+            self.measure = lambda: values
+
+    assert bench.outcome(Measured(0.5, 20.0)) == [0.5, 20.0]
+    for broken in (math.nan, math.inf):
+        assert bench.outcome(Measured(broken, broken)) == [100, math.exp(100)]
 
 
 def test_slopes_are_those_of_log_seconds_over_log_size(monkeypatch):
