@@ -241,10 +241,19 @@ def table(seeds, requests, served, tokens):
             "seconds": shared + per_request * requests, "seconds_shared": shared, "seconds_per_request": per_request,
             "extrapolated": len(served) < requests and method not in SHARED,
             "ratio": {t: statistics.mean(m) for t, m in zip(test_names, mean)},
-            "spread": {t: statistics.stdev(m) if len(m) > 1 else None for t, m in zip(test_names, mean)},
+            "spread": {t: statistics.stdev(m) if len(m) > 1 else None for t, m in zip(test_names, mean)}, "each_seed": dict(zip(test_names, mean)),
             "at": {t: each_request(t) for t in test_names}, "worst": {t: max(r for per in each_seed(t) for r in per.values()) for t in test_names},
             "perplexity": {t: {s: statistics.mean(seed["judged"][method][s][t][1] for seed in seeds) for s in PERPLEXITIES} for t in test_names}})
     return rows
+
+
+def compared(ours, theirs):
+    """One sentence: `ours` over `theirs`, rows of the table, paired by seed, geometric mean over the texts; within the seeds' spread a tie."""
+    ratios = [statistics.geometric_mean(o / t for o, t in zip(a, b)) for a, b in zip(zip(*ours["each_seed"].values()), zip(*theirs["each_seed"].values()))]
+    mean, spread = statistics.mean(ratios), statistics.stdev(ratios) if len(ratios) > 1 else math.inf
+    verdict = "one seed says nothing about its spread" if math.isinf(spread) else \
+        f"± {spread:.3f} over {len(ratios)} seeds: " + ("a tie" if abs(mean - 1) <= spread else "ahead" if mean < 1 else "behind")
+    return f"{ours['method']}'s KL over that of {theirs['method']}: {mean:.3f}, {verdict}."
 
 
 def show(rows, seeds, requests, served):
@@ -269,7 +278,8 @@ def show(rows, seeds, requests, served):
     theirs = [r for r in rows if r["method"].startswith("EvoPress")]
     if not (ours and theirs):
         return
-    print(f"\nUniCuCo serves {requests} requests {theirs[-1]['seconds'] / ours['seconds']:.0f} times faster than {theirs[-1]['method']} (follows from the budgets).")
+    print("\n" + compared(ours, theirs[-1]))
+    print(f"UniCuCo serves {requests} requests {theirs[-1]['seconds'] / ours['seconds']:.0f} times faster than {theirs[-1]['method']} (follows from the budgets).")
     mean = lambda r: statistics.geometric_mean(r["ratio"].values())
     equal = next((r for r in theirs if mean(r) <= mean(ours)), None)
     if equal:

@@ -213,6 +213,17 @@ def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(sm
     assert call(bench, *words, "--resume") == 0 and json.loads((tmp_path / "bench.json").read_text())["benchmarks"] == content["benchmarks"]
 
 
+def test_a_difference_within_the_spread_of_seeds_is_called_a_tie():
+    def row(*ratios):
+        return {"method": "M", "each_seed": {"a": [2 * r for r in ratios], "b": [r / 2 for r in ratios]}}     # geometric mean over texts: r
+
+    one = row(1, 1, 1)
+    assert bench.compared(row(0.9, 0.9, 1.1), one) == "M's KL over that of M: 0.967, ± 0.115 over 3 seeds: a tie."
+    assert bench.compared(row(0.8, 0.9, 0.85), one).endswith("0.850, ± 0.050 over 3 seeds: ahead.")
+    assert bench.compared(row(1.1, 1.2, 1.15), one).endswith("± 0.050 over 3 seeds: behind.")
+    assert bench.compared(row(0.9), row(1)).endswith("0.900, one seed says nothing about its spread.")
+
+
 def test_a_ruined_model_counts_as_100_nats_in_kl_and_perplexity_alike():
     class Measured:
         def __init__(self, *values):
