@@ -150,7 +150,8 @@ def judge(memory, methods, pruner, tests, seed, bar):
 
 def benchmarks(memory, model, tokenizer, pruner, methods, held_out, folder, limit, seed):
     """The dense model and the methods at sparsities HARD, on all of the first test text and on zero-shot tasks: rows
-    {"method", "sparsity", "text", "tokens", "kl", "ppl", task: {"acc", "acc_norm", "right": "0110..."}}."""
+    {"method", "sparsity", "text", "tokens", "kl", "ppl", task: {"acc", "acc_norm", "right": "0110..."}, "average": of acc, "change": the
+    average's paired difference from the dense model, "error": its standard error}."""
     text, windows = next(iter(held_out.items()))
     windows, references = cut(windows.flatten(), min(2048, model.config.max_position_embeddings)), []
     last = [m for m in methods if m.startswith("EvoPress")][-1:]
@@ -179,19 +180,21 @@ def benchmarks(memory, model, tokenizer, pruner, methods, held_out, folder, limi
         table.append({"method": method, "sparsity": s, "text": text, "tokens": windows.numel(), "kl": kl, "ppl": ppl} | {
             task: memory(f"{key} on {len(rows[task])} documents of {task}", lambda: answer(strategy, task)) for task in TASKS})
     pruner.restore()
+    dense = [np.array(list(map(int, table[0][task]["right"]))) for task in TASKS]
+    for r in table:
+        change = [np.array(list(map(int, r[task]["right"]))) - d for task, d in zip(TASKS, dense)]
+        r |= {"average": statistics.mean(r[task]["acc"] for task in TASKS), "change": statistics.mean(float(c.mean()) for c in change),
+              "error": math.sqrt(sum(standard_error(c) ** 2 for c in change)) / len(TASKS)}
     return table
 
 
 def show_benchmarks(table):
     """Print accuracies in percent, their average, and its paired difference from the dense model with a standard error."""
-    dense = [np.array(list(map(int, table[0][task]["right"]))) for task in TASKS]
-    print(f"\n{table[0]['text']}, {table[0]['tokens']} tokens; zero-shot accuracy in %, {', '.join(str(len(d)) for d in dense)} documents\n"
+    print(f"\n{table[0]['text']}, {table[0]['tokens']} tokens; zero-shot accuracy in %, {', '.join(str(len(table[0][task]['right'])) for task in TASKS)} documents\n"
           f"{'method':<24} sparsity       KL  perplexity   " + "".join(f"{task:>14}" for task in TASKS) + "   average   against dense")
     for r in table:
-        change = [np.array(list(map(int, r[task]["right"]))) - d for task, d in zip(TASKS, dense)]
-        error = math.sqrt(sum(standard_error(c) ** 2 for c in change)) / len(TASKS)
         print(f"{r['method']:<24} {r['sparsity']:8.2f} {r['kl']:8.4f} {r['ppl']:11.3f}   " + "".join(f"{100 * r[task]['acc']:14.1f}" for task in TASKS)
-              + f"{100 * statistics.mean(r[task]['acc'] for task in TASKS):10.1f}   {100 * statistics.mean(c.mean() for c in change):+.1f} ± {100 * error:.1f}")
+              + f"{100 * r['average']:10.1f}   {100 * r['change']:+.1f} ± {100 * r['error']:.1f}")
 
 
 def one_seed(memory, a, seed, device, dtype, requests):
