@@ -150,8 +150,8 @@ def judge(memory, methods, pruner, tests, seed, bar):
 
 def benchmarks(memory, model, tokenizer, pruner, methods, held_out, folder, limit, seed):
     """The dense model and the methods at sparsities HARD, on all of the first test text and on zero-shot tasks: rows
-    {"method", "sparsity", "text", "tokens", "kl", "ppl", task: {"acc", "acc_norm", "right": "0110..."}, "average": of acc, "change": the
-    average's paired difference from the dense model, "error": its standard error}."""
+    {"method", "sparsity", "text", "tokens", "kl", "ppl", task: {"acc", "acc_norm", "right": "0110..."}, "percent": {task: acc, "average",
+    "lost": average of the dense model minus this one, "error": standard error of that, paired by document}}."""
     text, windows = next(iter(held_out.items()))
     windows, references = cut(windows.flatten(), min(2048, model.config.max_position_embeddings)), []
     last = [m for m in methods if m.startswith("EvoPress")][-1:]
@@ -180,21 +180,23 @@ def benchmarks(memory, model, tokenizer, pruner, methods, held_out, folder, limi
         table.append({"method": method, "sparsity": s, "text": text, "tokens": windows.numel(), "kl": kl, "ppl": ppl} | {
             task: memory(f"{key} on {len(rows[task])} documents of {task}", lambda: answer(strategy, task)) for task in TASKS})
     pruner.restore()
-    dense = [np.array(list(map(int, table[0][task]["right"]))) for task in TASKS]
-    for r in table:
-        change = [np.array(list(map(int, r[task]["right"]))) - d for task, d in zip(TASKS, dense)]
-        r |= {"average": statistics.mean(r[task]["acc"] for task in TASKS), "change": statistics.mean(float(c.mean()) for c in change),
-              "error": math.sqrt(sum(standard_error(c) ** 2 for c in change)) / len(TASKS)}
+    right = [{task: np.array(list(r[task]["right"]), int) for task in TASKS} for r in table]
+    for r, own in zip(table, right):
+        lost = [right[0][task] - own[task] for task in TASKS]                                   # by the same documents, of the dense model's
+        r["percent"] = {task: 100 * r[task]["acc"] for task in TASKS} | {
+            "average": 100 * statistics.mean(r[task]["acc"] for task in TASKS), "lost": 100 * statistics.mean(float(x.mean()) for x in lost),
+            "error": 100 * math.sqrt(sum(standard_error(x) ** 2 for x in lost)) / len(TASKS)}
     return table
 
 
 def show_benchmarks(table):
-    """Print accuracies in percent, their average, and its paired difference from the dense model with a standard error."""
+    """Print accuracies in percent, their average, and how far it lies below the dense model's, with a standard error."""
     print(f"\n{table[0]['text']}, {table[0]['tokens']} tokens; zero-shot accuracy in %, {', '.join(str(len(table[0][task]['right'])) for task in TASKS)} documents\n"
-          f"{'method':<24} sparsity       KL  perplexity   " + "".join(f"{task:>14}" for task in TASKS) + "   average   against dense")
+          f"{'method':<24} sparsity       KL  perplexity   " + "".join(f"{task:>14}" for task in TASKS) + "   average   below dense")
     for r in table:
-        print(f"{r['method']:<24} {r['sparsity']:8.2f} {r['kl']:8.4f} {r['ppl']:11.3f}   " + "".join(f"{100 * r[task]['acc']:14.1f}" for task in TASKS)
-              + f"{100 * r['average']:10.1f}   {100 * r['change']:+.1f} ± {100 * r['error']:.1f}")
+        *shares, lost, error = r["percent"].values()
+        print(f"{r['method']:<24} {r['sparsity']:8.2f} {r['kl']:8.4f} {r['ppl']:11.3f}   " + "".join(f"{x:14.1f}" for x in shares[:-1])
+              + f"{shares[-1]:10.1f}   {lost:.1f} ± {error:.1f}")
 
 
 def one_seed(memory, a, seed, device, dtype, requests):
@@ -252,10 +254,12 @@ def table(seeds, requests, served, tokens):
 
 def compared(ours, theirs):
     """One sentence: `ours` over `theirs`, rows of the table, paired by seed, geometric mean over the texts; within the seeds' spread a tie."""
-    ratios = [statistics.geometric_mean(o / t for o, t in zip(a, b)) for a, b in zip(zip(*ours["each_seed"].values()), zip(*theirs["each_seed"].values()))]
-    mean, spread = statistics.mean(ratios), statistics.stdev(ratios) if len(ratios) > 1 else math.inf
-    verdict = "one seed says nothing about its spread" if math.isinf(spread) else \
-        f"± {spread:.3f} over {len(ratios)} seeds: " + ("a tie" if abs(mean - 1) <= spread else "ahead" if mean < 1 else "behind")
+    by_seed = zip(*(np.divide(ours["each_seed"][t], theirs["each_seed"][t]) for t in ours["each_seed"]))
+    ratios = [statistics.geometric_mean(per_text) for per_text in by_seed]
+    mean, verdict = statistics.mean(ratios), "one seed says nothing about its spread"
+    if len(ratios) > 1:
+        spread = statistics.stdev(ratios)
+        verdict = f"± {spread:.3f} over {len(ratios)} seeds: " + ("a tie" if abs(mean - 1) <= spread else "ahead" if mean < 1 else "behind")
     return f"{ours['method']}'s KL over that of {theirs['method']}: {mean:.3f}, {verdict}."
 
 

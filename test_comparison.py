@@ -207,9 +207,9 @@ def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(sm
         assert rows["UniCuCo", 0.6][task]["acc"] == expected["acc"] == rows["UniCuCo", 0.6][task]["right"].count("1") / 3
     printed = capsys.readouterr().out
     assert "zero-shot accuracy in %, 3, 3, 3, 3, 3 documents" in printed
-    rights = [[float(c) - float(d) for c, d in zip(rows["uniform", 0.5][t]["right"], rows["dense", 0][t]["right"])] for t in evaluation.TASKS]
-    error = math.sqrt(sum(np.var(r, ddof=1) / 3 for r in rights)) / 5
-    assert f"{100 * np.mean(rights):+.1f} ± {100 * error:.1f}" in next(l for l in printed.splitlines() if re.match(r"uniform +0.50 ", l))
+    lost = [[float(d) - float(c) for c, d in zip(rows["uniform", 0.5][t]["right"], rows["dense", 0][t]["right"])] for t in evaluation.TASKS]
+    error = math.sqrt(sum(np.var(x, ddof=1) / 3 for x in lost)) / 5
+    assert f" {100 * np.mean(lost):.1f} ± {100 * error:.1f}" in next(l for l in printed.splitlines() if re.match(r"uniform +0.50 ", l))
     assert call(bench, *words, "--resume") == 0 and json.loads((tmp_path / "bench.json").read_text())["benchmarks"] == content["benchmarks"]
 
 
