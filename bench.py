@@ -28,6 +28,7 @@ from unicuco import DIVERGENCES, finite, strategy_for
 
 QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)                       # requests that a baseline is measured on, unless --full
 HARD = (0.5, 0.6)                                       # requests whose strategies are read a whole text and asked zero-shot tasks
+LONG = 65536                                            # tokens of the first test text that they are read for every seed, beside all of it for seed 0
 ENDS = (0.2, 0.75)                                      # what costs no search is measured there too
 PERPLEXITIES = (0.5, 0.6, 0.7)
 METHODS = {"owl": "OWL, best of 12", "unicuco": "UniCuCo", "constant": "UniCuCo, constant mean", "gp": "GP per request", "evopress": "EvoPress",
@@ -148,37 +149,47 @@ def judge(memory, methods, pruner, tests, seed, bar):
     return judged
 
 
-def benchmarks(memory, model, tokenizer, pruner, methods, held_out, folder, limit, seed):
-    """The dense model and the methods at sparsities HARD, on all of the first test text and on zero-shot tasks: rows
-    {"method", "sparsity", "text", "tokens", "kl", "ppl", task: {"acc", "acc_norm", "right": "0110..."}, "percent": {task: acc, "average",
-    "lost": average of the dense model minus this one, "error": standard error of that, paired by document}}."""
-    text, windows = next(iter(held_out.items()))
-    windows, references = cut(windows.flatten(), min(2048, model.config.max_position_embeddings)), []
+def hard_rows(methods):
+    """What is read long texts and asked tasks, (method, sparsity, strategy): the dense model (None), then all methods at sparsities HARD."""
     last = [m for m in methods if m.startswith("EvoPress")][-1:]
-    asked = [("dense", 0.0, None)] + [(m, s, methods[m]["strategies"][s][0]) for s in HARD for m in methods if m in last or not m.startswith("EvoPress")]
-    rows = {task: read_rows(folder, task, limit) for task in TASKS}
+    return [("dense", 0.0, None)] + [(m, s, methods[m]["strategies"][s][0]) for s in HARD for m in methods if m in last or not m.startswith("EvoPress")]
 
-    def prune(strategy):
-        pruner.restore() if strategy is None else pruner.apply(strategy)
+
+def long_text(memory, pruner, methods, held_out, seed, tokens=None):
+    """KL and perplexity of `hard_rows` on the first test text (its first `tokens` if given), in windows as long as the model takes, at most
+    2048: rows {"method", "sparsity", "text", "tokens", "kl", "ppl"}."""
+    text, windows = next(iter(held_out.items()))
+    windows, references = cut(windows.flatten()[:tokens], min(2048, pruner.model.config.max_position_embeddings)), []
 
     def read(strategy):
-        if not references:                                  # a resumed comparison may need none
-            prune(None)
-            references.append(Divergence(model, windows))
-        prune(strategy)
+        if not references:                                  # the dense model is run first; a resumed comparison may not need it
+            pruner.restore()
+            references.append(Divergence(pruner.model, windows))
+        pruner.restore() if strategy is None else pruner.apply(strategy)
         return outcome(references[0])
 
+    rows = []
+    for method, s, strategy in tqdm(hard_rows(methods), desc=f"seed {seed}, {windows.numel()} tokens", disable=None):
+        kl, ppl = memory(f"{seed} {method} {s} {mark(strategy)} on {windows.numel()} tokens of {text}", lambda: read(strategy))
+        rows.append({"method": method, "sparsity": s, "text": text, "tokens": windows.numel(), "kl": kl, "ppl": ppl})
+    pruner.restore()
+    return rows
+
+
+def benchmarks(memory, model, tokenizer, pruner, methods, held_out, folder, limit, seed):
+    """`long_text` of all of the first test text, each row with zero-shot accuracies too: {..., task: {"acc", "acc_norm", "right": "0110..."},
+    "percent": {task: acc, "average", "lost": average of the dense model minus this one, "error": its standard error, paired by document}}."""
+    rows = {task: read_rows(folder, task, limit) for task in TASKS}
+
     def answer(strategy, task):
-        prune(strategy)
+        pruner.restore() if strategy is None else pruner.apply(strategy)
         r = zero_shot(model, tokenizer, task, rows[task])
         return {"acc": r["acc"], "acc_norm": r["acc_norm"], "right": "".join("01"[p == g] for p, g in zip(r["predictions"], r["gold"]))}
 
-    table = []
-    for method, s, strategy in tqdm(asked, desc="whole text and zero-shot tasks", disable=None):
-        key = f"{seed} {method} {s} {mark(strategy)}"
-        kl, ppl = memory(f"{key} on {windows.numel()} tokens of {text}", lambda: read(strategy))
-        table.append({"method": method, "sparsity": s, "text": text, "tokens": windows.numel(), "kl": kl, "ppl": ppl} | {
-            task: memory(f"{key} on {len(rows[task])} documents of {task}", lambda: answer(strategy, task)) for task in TASKS})
+    table = long_text(memory, pruner, methods, held_out, seed)
+    for r, (method, s, strategy) in zip(table, tqdm(hard_rows(methods), desc="zero-shot tasks", disable=None)):
+        for task in TASKS:
+            r[task] = memory(f"{seed} {method} {s} {mark(strategy)} on {len(rows[task])} documents of {task}", lambda: answer(strategy, task))
     pruner.restore()
     right = [{task: np.array(list(r[task]["right"]), int) for task in TASKS} for r in table]
     for r, own in zip(table, right):
@@ -187,6 +198,30 @@ def benchmarks(memory, model, tokenizer, pruner, methods, held_out, folder, limi
             "average": 100 * statistics.mean(r[task]["acc"] for task in TASKS), "lost": 100 * statistics.mean(float(x.mean()) for x in lost),
             "error": 100 * math.sqrt(sum(standard_error(x) ** 2 for x in lost)) / len(TASKS)}
     return table
+
+
+def over_seeds(rows):
+    """Rows of `long_text`, all seeds, joined by method and sparsity: {..., "kl", "ppl": means, "kl_spread", "ppl_spread", "each_seed": {"kl": [...]}}."""
+    joined = {}
+    for r in rows:
+        joined.setdefault((r["method"], r["sparsity"]), []).append(r)
+    spread = lambda values: statistics.stdev(values) if len(values) > 1 else None
+    return [{**{k: group[0][k] for k in ("method", "sparsity", "text", "tokens")}, "each_seed": {"kl": [r["kl"] for r in group]},
+             **{k: statistics.mean(r[k] for r in group) for k in ("kl", "ppl")}, **{f"{k}_spread": spread([r[k] for r in group]) for k in ("kl", "ppl")}}
+            for group in joined.values()]
+
+
+def show_long(rows):
+    """Print KL and perplexity over seeds, and UniCuCo beside EvoPress at each sparsity."""
+    print(f"\n{rows[0]['text']}, first {rows[0]['tokens']} tokens, {len(rows[0]['each_seed']['kl'])} seeds\n"
+          f"{'method':<24} sparsity       KL  ± seeds  perplexity  ± seeds")
+    number = lambda x, form: format("-", ">8") if x is None else format(x, form)
+    for r in rows:
+        print(f"{r['method']:<24} {r['sparsity']:8.2f} {r['kl']:8.4f} {number(r['kl_spread'], '8.4f')} {r['ppl']:11.3f} {number(r['ppl_spread'], '8.3f')}")
+    for s in HARD:
+        ours, theirs = ([r for r in rows if r["sparsity"] == s and r["method"].startswith(m)] for m in ("UniCuCo", "EvoPress"))
+        if ours and theirs:
+            print(f"At {s}: {compared(ours[0], theirs[-1])}")
 
 
 def show_benchmarks(table):
@@ -216,13 +251,14 @@ def one_seed(memory, a, seed, device, dtype, requests):
                         a.methods, a.budget, a.initial, a.rounds, seed, bar)
     if a.tasks and seed == 0:
         memory.write(benchmarks=benchmarks(memory, model, tokenizer, pruner, methods, held_out, a.tasks, a.limit, seed))
+    long = long_text(memory, pruner, methods, held_out, seed, LONG) if a.tasks else []
     with tqdm(total=sum(len(m["strategies"]) for m in methods.values()), desc=f"seed {seed}, unseen text", disable=None) as bar:
         judged = judge(memory, methods, pruner, tests, seed, bar)
         if "magnitude" in a.methods:
             name = METHODS["magnitude"]
             methods[name] = methods["uniform"]
             judged |= judge(memory, {name: methods["uniform"]}, Pruner(model, windows, "magnitude"), tests, seed, bar)
-    return {"seed": seed, "calibration": calibration, "tests": {name: w.numel() for name, w in tests.items()}, "judged": judged,
+    return {"seed": seed, "calibration": calibration, "tests": {name: w.numel() for name, w in tests.items()}, "judged": judged, "long": long,
             "methods": {name: {"shared": m["shared"], "evaluations": m["evaluations"], "strategies": {s: x for s, (x, _) in m["strategies"].items()},
                                "seconds": {s: t for s, (_, t) in m["strategies"].items()}} for name, m in methods.items()}}
 
@@ -316,7 +352,7 @@ def main():
     p.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of one evaluation of f2 (2048)")
     p.add_argument("--calibration", type=int, default=32, metavar="N", help="calibration windows (32)")
     p.add_argument("--test-tokens", type=int, default=8192, metavar="N", help="tokens of each unseen text (8192)")
-    p.add_argument("--tasks", type=Path, metavar="DIR", help="also zero-shot tasks and all of the first test text, at 0.5 and 0.6, seed 0; see eval.py")
+    p.add_argument("--tasks", type=Path, metavar="DIR", help="at 0.5 and 0.6 also zero-shot tasks (see eval.py) and all of the first test text, seed 0, and 65536 tokens of it, every seed")
     p.add_argument("--limit", type=int, default=500, metavar="N", help="documents of each task (500)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window (default: the model's positions, at most 512)")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
@@ -349,7 +385,9 @@ def main():
         memory.write(requests=a.requests, table=rows, tests=seeds[0]["tests"])
     show(rows, seeds, a.requests, served)
     if a.tasks:
+        memory.write(long=over_seeds([r for seed in seeds for r in seed["long"]]))
         show_benchmarks(memory.content["benchmarks"])
+        show_long(memory.content["long"])
     print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'bench.json'}")
 
 

@@ -189,8 +189,10 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_it_found_and_refuses_ot
     assert call(bench, *words, "--tokens", 128, "--resume") == 2 and "another tokens: 256, now 128" in capsys.readouterr().err
 
 
-def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(small, text, tmp_path, short, capsys):
-    words = (*options(small, text, tmp_path), "--budget", 8, "--methods", "unicuco", "evopress", "magnitude", "--tasks", write_tasks(tmp_path), "--limit", 3)
+def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(small, text, tmp_path, short, capsys, monkeypatch):
+    words = (*options(small, text, tmp_path), "--budget", 8, "--methods", "unicuco", "evopress", "magnitude", "--tasks", write_tasks(tmp_path), "--limit", 3,
+             "--seeds", 2)
+    monkeypatch.setattr(bench, "LONG", 256)
     assert call(bench, *words) == 0
     content = json.loads((tmp_path / "bench.json").read_text())
     rows = {(r["method"], r["sparsity"]): r for r in content["benchmarks"]}
@@ -205,12 +207,25 @@ def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(sm
     for task in evaluation.TASKS:
         expected = evaluation.zero_shot(model, tokenizer, task, evaluation.read_rows(tmp_path, task, 3))
         assert rows["UniCuCo", 0.6][task]["acc"] == expected["acc"] == rows["UniCuCo", 0.6][task]["right"].count("1") / 3
+    long = {(r["method"], r["sparsity"]): r for r in content["long"]}                        # for both seeds: the first two windows of 128
+    assert long.keys() == rows.keys() and all(r["tokens"] == 256 and len(r["each_seed"]["kl"]) == 2 for r in long.values())
+    pruner.apply(content["found"]["0 UniCuCo, 48 and 14 rounds"]["strategies"]["0.6"][0])
+    first = evaluation.Divergence(load_llama(small, dtype=torch.float32)[0], unseen[:2])
+    first.model = model
+    row = long["UniCuCo", 0.6]
+    assert row["each_seed"]["kl"][0] == first.measure()[0] and row["kl"] == statistics.mean(row["each_seed"]["kl"])
+    assert row["kl_spread"] == statistics.stdev(row["each_seed"]["kl"]) and long["dense", 0]["kl_spread"] == long["dense", 0]["kl"] == 0
     printed = capsys.readouterr().out
     assert "zero-shot accuracy in %, 3, 3, 3, 3, 3 documents" in printed
     lost = [[float(d) - float(c) for c, d in zip(rows["uniform", 0.5][t]["right"], rows["dense", 0][t]["right"])] for t in evaluation.TASKS]
     error = math.sqrt(sum(np.var(x, ddof=1) / 3 for x in lost)) / 5
     assert f" {100 * np.mean(lost):.1f} ± {100 * error:.1f}" in next(l for l in printed.splitlines() if re.match(r"uniform +0.50 ", l))
-    assert call(bench, *words, "--resume") == 0 and json.loads((tmp_path / "bench.json").read_text())["benchmarks"] == content["benchmarks"]
+    line = next(l for l in printed.splitlines() if l.startswith("At 0.6: UniCuCo's KL over that of EvoPress, 8 each: "))
+    ratios = [a / b for a, b in zip(row["each_seed"]["kl"], long["EvoPress, 8 each", 0.6]["each_seed"]["kl"])]
+    assert f" {statistics.mean(ratios):.3f}, ± {statistics.stdev(ratios):.3f} over 2 seeds" in line
+    assert call(bench, *words, "--resume") == 0
+    again = json.loads((tmp_path / "bench.json").read_text())
+    assert again["benchmarks"] == content["benchmarks"] and again["long"] == content["long"] and again["found"] == content["found"]
 
 
 def test_a_difference_within_the_spread_of_seeds_is_called_a_tie():
