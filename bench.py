@@ -274,8 +274,8 @@ def table(seeds, requests, served, tokens):
             return {s: statistics.geometric_mean(per[s] for per in each_seed(test)) for s in each_seed(test)[0]}
 
         mean = [[statistics.geometric_mean(per[s] for s in served) for per in each_seed(t)] for t in test_names]
-        per_request = statistics.mean(t for seed in seeds for t in seed["methods"][method]["seconds"].values())
-        shared = statistics.mean(seed["calibration"] + seed["methods"][method]["shared"] for seed in seeds)
+        per_request = statistics.median(t for seed in seeds for t in seed["methods"][method]["seconds"].values())       # medians: a search that
+        shared = statistics.median(seed["calibration"] + seed["methods"][method]["shared"] for seed in seeds)           # was disturbed counts little
         fixed, each = (statistics.mean(seed["methods"][method]["evaluations"][i] for seed in seeds) for i in (0, 1))
         rows.append({
             "method": method, "evaluations": fixed + each * requests, "tokens": round((fixed + each * requests) * tokens),

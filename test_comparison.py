@@ -239,6 +239,17 @@ def test_a_difference_within_the_spread_of_seeds_is_called_a_tie():
     assert bench.compared(row(0.9), row(1)).endswith("0.900, one seed says nothing about its spread.")
 
 
+def test_seconds_are_medians_so_one_search_beside_other_work_changes_nothing():
+    def seed(calibration, *seconds):
+        method = {"shared": 2.0, "evaluations": (0.0, 10.0), "seconds": dict(zip(bench.PERPLEXITIES, seconds))}
+        return {"tests": {"t": 8}, "calibration": calibration, "methods": {"uniform": method},
+                "judged": {"uniform": {s: {"t": [1.0, 2.0]} for s in bench.PERPLEXITIES}}}
+
+    row, = bench.table([seed(1, 5, 5, 900), seed(3, 5, 6, 4), seed(2, 4, 5, 7)], 64, bench.PERPLEXITIES, 100)
+    assert (row["seconds_shared"], row["seconds_per_request"], row["seconds"]) == (4, 5, 324)      # by hand
+    assert (row["evaluations"], row["tokens"], row["ratio"], row["spread"]) == (640, 64000, {"t": 1}, {"t": 0})
+
+
 def test_a_ruined_model_counts_as_100_nats_in_kl_and_perplexity_alike():
     class Measured:
         def __init__(self, *values):
