@@ -10,6 +10,7 @@ import math
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -438,8 +439,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(small, 
              (*base, "--sparsity", 0.5, "--uniform", "--out", tmp_path / "existing"),
              ("train.py", "--model", small, "--initial", 0, *out), ("train.py", "--model", small, "--data", tmp_path / "nowhere.txt", *out),
              ("eval.py", "--model", small, "--seqlen", 4000), ("llama.py", "--model", small, "--tokens", 0), ("llama.py", "--model", tmp_path / "broken"), ("plot.py", "--run", tmp_path)]
-    for case in cases:
-        done = script(*case)
+    for case, done in zip(cases, ThreadPoolExecutor(2).map(lambda case: script(*case), cases)):      # two at a time: most of it is starting
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, (case, done.stderr)
         assert not (tmp_path / "out").exists() and not list((tmp_path / "existing").iterdir())
 
