@@ -28,7 +28,7 @@ from unicuco import DIVERGENCES, finite, strategy_for
 
 QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)                       # requests that a baseline is measured on, unless --full
 HARD = (0.5, 0.6)                                       # requests whose strategies are read a whole text and asked zero-shot tasks
-LONG = 65536                                            # tokens of the first test text that they are read for every seed, beside all of it for seed 0
+LONG = 65536                                            # tokens of that text that they are read for seeds after the first
 ENDS = (0.2, 0.75)                                      # what costs no search is measured there too
 PERPLEXITIES = (0.5, 0.6, 0.7)
 METHODS = {"owl": "OWL, best of 12", "unicuco": "UniCuCo", "constant": "UniCuCo, constant mean", "gp": "GP per request", "evopress": "EvoPress",
@@ -200,30 +200,6 @@ def benchmarks(memory, model, tokenizer, pruner, methods, held_out, folder, limi
     return table
 
 
-def over_seeds(rows):
-    """Rows of `long_text`, all seeds, joined by method and sparsity: {..., "kl", "ppl": means, "kl_spread", "ppl_spread", "each_seed": {"kl": [...]}}."""
-    joined = {}
-    for r in rows:
-        joined.setdefault((r["method"], r["sparsity"]), []).append(r)
-    spread = lambda values: statistics.stdev(values) if len(values) > 1 else None
-    return [{**{k: group[0][k] for k in ("method", "sparsity", "text", "tokens")}, "each_seed": {"kl": [r["kl"] for r in group]},
-             **{k: statistics.mean(r[k] for r in group) for k in ("kl", "ppl")}, **{f"{k}_spread": spread([r[k] for r in group]) for k in ("kl", "ppl")}}
-            for group in joined.values()]
-
-
-def show_long(rows):
-    """Print KL and perplexity over seeds, and UniCuCo beside EvoPress at each sparsity."""
-    print(f"\n{rows[0]['text']}, first {rows[0]['tokens']} tokens, {len(rows[0]['each_seed']['kl'])} seeds\n"
-          f"{'method':<24} sparsity       KL  ± seeds  perplexity  ± seeds")
-    number = lambda x, form: format("-", ">8") if x is None else format(x, form)
-    for r in rows:
-        print(f"{r['method']:<24} {r['sparsity']:8.2f} {r['kl']:8.4f} {number(r['kl_spread'], '8.4f')} {r['ppl']:11.3f} {number(r['ppl_spread'], '8.3f')}")
-    for s in HARD:
-        ours, theirs = ([r for r in rows if r["sparsity"] == s and r["method"].startswith(m)] for m in ("UniCuCo", "EvoPress"))
-        if ours and theirs:
-            print(f"At {s}: {compared(ours[0], theirs[-1])}")
-
-
 def show_benchmarks(table):
     """Print accuracies in percent, their average, and how far it lies below the dense model's, with a standard error."""
     print(f"\n{table[0]['text']}, {table[0]['tokens']} tokens; zero-shot accuracy in %, {', '.join(str(len(table[0][task]['right'])) for task in TASKS)} documents\n"
@@ -232,6 +208,34 @@ def show_benchmarks(table):
         *shares, lost, error = r["percent"].values()
         print(f"{r['method']:<24} {r['sparsity']:8.2f} {r['kl']:8.4f} {r['ppl']:11.3f}   " + "".join(f"{x:14.1f}" for x in shares[:-1])
               + f"{shares[-1]:10.1f}   {lost:.1f} ± {error:.1f}")
+
+
+def over_seeds(seeds):
+    """Rows of `long_text`, a list for each seed, joined: {"method", "sparsity", "text", "tokens": [...], "ratio": mean over seeds of KL over
+    uniform's in the same seed, "spread", "each_seed": {"ratio", "kl", "ppl": [...]}}. Without the dense model."""
+    joined = []
+    for group in zip(*seeds):
+        base = [next(u for u in rows if u["method"] == "uniform" and u["sparsity"] == r["sparsity"]) for r, rows in zip(group, seeds) if r["sparsity"]]
+        if base:
+            ratios = [r["kl"] / u["kl"] for r, u in zip(group, base)]
+            joined.append({**{k: group[0][k] for k in ("method", "sparsity", "text")}, "tokens": [r["tokens"] for r in group],
+                           "ratio": statistics.mean(ratios), "spread": statistics.stdev(ratios) if len(ratios) > 1 else None,
+                           "each_seed": {"ratio": ratios, "kl": [r["kl"] for r in group], "ppl": [r["ppl"] for r in group]}})
+    return joined
+
+
+def show_long(rows):
+    """Print KL ratios to uniform over seeds, every seed's perplexity, and UniCuCo beside EvoPress at each sparsity."""
+    print(f"\n{rows[0]['text']}, {', '.join(map(str, rows[0]['tokens']))} tokens for seeds 0 to {len(rows[0]['tokens']) - 1}; KL as a ratio to uniform's\n"
+          f"{'method':<24} sparsity  KL ratio  ± seeds   perplexity of each seed")
+    for r in rows:
+        spread = "-" if r["spread"] is None else f"{r['spread']:.3f}"
+        print(f"{r['method']:<24} {r['sparsity']:8.2f}  {r['ratio']:8.3f}  {spread:>7}   " + "  ".join(f"{x:8.2f}" for x in r["each_seed"]["ppl"]))
+    for s in HARD:
+        ours, theirs = ([r | {"each_seed": {"kl": r["each_seed"]["kl"]}} for r in rows if r["sparsity"] == s and r["method"].startswith(m)]
+                        for m in ("UniCuCo", "EvoPress"))
+        if ours and theirs:
+            print(f"At {s}: {compared(ours[0], theirs[-1])}")
 
 
 def one_seed(memory, a, seed, device, dtype, requests):
@@ -251,7 +255,9 @@ def one_seed(memory, a, seed, device, dtype, requests):
                         a.methods, a.budget, a.initial, a.rounds, seed, bar)
     if a.tasks and seed == 0:
         memory.write(benchmarks=benchmarks(memory, model, tokenizer, pruner, methods, held_out, a.tasks, a.limit, seed))
-    long = long_text(memory, pruner, methods, held_out, seed, LONG) if a.tasks else []
+        long = memory.content["benchmarks"]                 # all of the text
+    else:
+        long = long_text(memory, pruner, methods, held_out, seed, LONG) if a.tasks else []
     with tqdm(total=sum(len(m["strategies"]) for m in methods.values()), desc=f"seed {seed}, unseen text", disable=None) as bar:
         judged = judge(memory, methods, pruner, tests, seed, bar)
         if "magnitude" in a.methods:
@@ -352,7 +358,7 @@ def main():
     p.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of one evaluation of f2 (2048)")
     p.add_argument("--calibration", type=int, default=32, metavar="N", help="calibration windows (32)")
     p.add_argument("--test-tokens", type=int, default=8192, metavar="N", help="tokens of each unseen text (8192)")
-    p.add_argument("--tasks", type=Path, metavar="DIR", help="at 0.5 and 0.6 also zero-shot tasks (see eval.py) and all of the first test text, seed 0, and 65536 tokens of it, every seed")
+    p.add_argument("--tasks", type=Path, metavar="DIR", help="at 0.5 and 0.6 also zero-shot tasks (see eval.py) and all of the first test text for seed 0, 65536 tokens of it for others")
     p.add_argument("--limit", type=int, default=500, metavar="N", help="documents of each task (500)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window (default: the model's positions, at most 512)")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
@@ -385,7 +391,7 @@ def main():
         memory.write(requests=a.requests, table=rows, tests=seeds[0]["tests"])
     show(rows, seeds, a.requests, served)
     if a.tasks:
-        memory.write(long=over_seeds([r for seed in seeds for r in seed["long"]]))
+        memory.write(long=over_seeds([seed["long"] for seed in seeds]))
         show_benchmarks(memory.content["benchmarks"])
         show_long(memory.content["long"])
     print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'bench.json'}")

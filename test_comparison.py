@@ -222,14 +222,16 @@ def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(sm
     for task in evaluation.TASKS:
         expected = evaluation.zero_shot(model, tokenizer, task, evaluation.read_rows(tmp_path, task, 3))
         assert rows["UniCuCo", 0.6][task]["acc"] == expected["acc"] == rows["UniCuCo", 0.6][task]["right"].count("1") / 3
-    long = {(r["method"], r["sparsity"]): r for r in content["long"]}                        # for both seeds: the first two windows of 128
-    assert long.keys() == rows.keys() and all(r["tokens"] == 256 and len(r["each_seed"]["kl"]) == 2 for r in long.values())
-    pruner.apply(content["found"]["0 UniCuCo, 48 and 14 rounds"]["strategies"]["0.6"][0])
-    first = evaluation.Divergence(load_llama(small, dtype=torch.float32)[0], unseen[:2])
-    first.model = model
-    row = long["UniCuCo", 0.6]
-    assert row["each_seed"]["kl"][0] == first.measure()[0] and row["kl"] == statistics.mean(row["each_seed"]["kl"])
-    assert row["kl_spread"] == statistics.stdev(row["each_seed"]["kl"]) and long["dense", 0]["kl_spread"] == long["dense", 0]["kl"] == 0
+    long = {(r["method"], r["sparsity"]): r for r in content["long"]}                        # seed 1: the first two windows of 128
+    assert long.keys() == rows.keys() - {("dense", 0)} and all(r["tokens"] == [unseen.numel(), 256] for r in long.values())
+    second, _, calibration, _, _ = bench.setting(small, text, None, torch.device("cpu"), torch.float32, 64, 4, 256, 1)
+    first, other = evaluation.Divergence(second, unseen[:2]), bench.Pruner(second, calibration)
+    other.apply(content["found"]["1 UniCuCo, 48 and 14 rounds"]["strategies"]["0.6"][0])
+    row, base = long["UniCuCo", 0.6], long["uniform", 0.6]
+    assert [row["each_seed"]["kl"][1], row["each_seed"]["ppl"][1]] == list(first.measure()) and row["each_seed"]["kl"][0] == rows["UniCuCo", 0.6]["kl"]
+    ratios = [a / b for a, b in zip(row["each_seed"]["kl"], base["each_seed"]["kl"])]
+    assert row["each_seed"]["ratio"] == ratios and (row["ratio"], row["spread"]) == (statistics.mean(ratios), statistics.stdev(ratios))
+    assert base["ratio"] == 1 and base["spread"] == 0
     printed = capsys.readouterr().out
     assert "zero-shot accuracy in %, 3, 3, 3, 3, 3 documents" in printed and any(re.match(r"uniform +0.50 ", l) for l in printed.splitlines())
     line = next(l for l in printed.splitlines() if l.startswith("At 0.6: UniCuCo's KL over that of EvoPress, 8 each: "))
