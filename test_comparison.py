@@ -242,6 +242,12 @@ def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(sm
     assert again["benchmarks"] == content["benchmarks"] and again["long"] == content["long"] and again["found"] == content["found"]
 
 
+def test_long_texts_and_tasks_are_for_uniform_and_the_best_of_each_method():
+    methods = ("uniform", "UniCuCo", "UniCuCo, constant mean", "EvoPress, 4 each", "EvoPress, 8 each")
+    rows = bench.hard_rows({m: {"strategies": {s: [[s], 0.1] for s in bench.QUICK}} for m in methods})
+    assert rows == [("dense", 0.0, None)] + [(m, s, [s]) for s in (0.5, 0.6) for m in ("uniform", "UniCuCo", "EvoPress, 8 each")]
+
+
 def test_how_far_accuracy_lies_below_the_dense_models_is_paired_by_document_worked_by_hand(monkeypatch):
     class State:
         apply, restore = lambda self, x: setattr(self, "right", [1, 0, 0, 1]), lambda self: setattr(self, "right", [1, 1, 0, 1])
