@@ -273,6 +273,8 @@ def one_seed(memory, a, seed, device, dtype, requests):
 def table(seeds, requests, served, tokens):
     """Rows of the comparison, over all seeds and test texts; `requests` are asked, of which `served` were measured."""
     rows, test_names = [], list(seeds[0]["tests"])
+    # when seconds are extrapolated, a search that was disturbed by other work must not be multiplied
+    typical = statistics.median if len(served) < requests else statistics.mean
     for method in seeds[0]["judged"]:
         def each_seed(test):                                # [{request: KL ratio to uniform}]
             return [{s: j[method][s][test][0] / j["uniform"][s][test][0] for s in j[method]} for j in (seed["judged"] for seed in seeds)]
@@ -281,8 +283,8 @@ def table(seeds, requests, served, tokens):
             return {s: statistics.geometric_mean(per[s] for per in each_seed(test)) for s in each_seed(test)[0]}
 
         mean = [[statistics.geometric_mean(per[s] for s in served) for per in each_seed(t)] for t in test_names]
-        per_request = statistics.median(t for seed in seeds for t in seed["methods"][method]["seconds"].values())       # medians: a search that
-        shared = statistics.median(seed["calibration"] + seed["methods"][method]["shared"] for seed in seeds)           # was disturbed counts little
+        per_request = typical(t for seed in seeds for t in seed["methods"][method]["seconds"].values())
+        shared = typical(seed["calibration"] + seed["methods"][method]["shared"] for seed in seeds)
         fixed, each = (statistics.mean(seed["methods"][method]["evaluations"][i] for seed in seeds) for i in (0, 1))
         rows.append({
             "method": method, "evaluations": fixed + each * requests, "tokens": round((fixed + each * requests) * tokens),
@@ -307,8 +309,9 @@ def compared(ours, theirs):
 
 
 def show(rows, seeds, requests, served):
-    print(f"\n{requests} requests from 0.2 to 0.75; {len(served)} of them measured per method, {len(seeds)} seed{'s' * (len(seeds) > 1)}. "
-          + ("All were served." if len(served) >= requests else f"(*) extrapolated: seconds and evaluations per request, times {requests}."))
+    print(f"\n{requests} requests from 0.2 to 0.75, {len(seeds)} seed{'s' * (len(seeds) > 1)}. "
+          + ("All were served and measured, and 0.3 to 0.7 beside them." if len(served) > len(QUICK) else
+             f"{len(served)} were measured per method; (*) extrapolated: seconds and evaluations per request, times {requests}."))
     for test, count in seeds[0]["tests"].items():
         print(f"\n{test}, {count} tokens that no choice ever saw; KL as a ratio to uniform's at equal counted sparsity, "
               f"geometric mean over {served[0]:g} to {served[-1]:g}")

@@ -284,6 +284,8 @@ def test_seconds_are_medians_so_one_search_beside_other_work_changes_nothing():
     row, = bench.table([seed(1, 5, 5, 900), seed(3, 5, 6, 4), seed(2, 4, 5, 7)], 64, bench.PERPLEXITIES, 100)
     assert (row["seconds_shared"], row["seconds_per_request"], row["seconds"]) == (4, 5, 324)      # by hand
     assert (row["evaluations"], row["tokens"], row["ratio"], row["spread"]) == (640, 64000, {"t": 1}, {"t": 0})
+    row, = bench.table([seed(1, 5, 6, 10)], 3, bench.PERPLEXITIES, 100)                            # all served: their sum
+    assert (row["seconds_shared"], row["seconds_per_request"], row["seconds"]) == (3, 7, 24)
 
 
 def test_a_ruined_model_counts_as_100_nats_in_kl_and_perplexity_alike():
@@ -318,7 +320,7 @@ def test_full_serves_every_request_and_extrapolates_nothing(small, text, tmp_pat
     result = json.loads((tmp_path / "bench.json").read_text())
     assert {0.2, 0.75} <= set(result["inputs"]["served"]) and not any(r["extrapolated"] for r in result["table"])
     assert all(v is None for r in result["table"] for v in r["spread"].values())             # one seed has no spread
-    assert "All were served." in capsys.readouterr().out
+    assert "All were served and measured" in capsys.readouterr().out
 
 
 def test_stages_are_timed_against_their_floors_and_leave_the_model_as_it_was(small, text, tmp_path, monkeypatch, capsys):
