@@ -212,16 +212,17 @@ def show_benchmarks(table):
 
 
 def over_seeds(seeds):
-    """Rows of `long_text`, a list for each seed, joined: {"method", "sparsity", "text", "tokens": [...], "ratio": mean over seeds of KL over
-    uniform's in the same seed, "spread", "each_seed": {"ratio", "kl", "ppl": [...]}}. Without the dense model."""
+    """Rows of `long_text`, a list for each seed, joined, without the dense model: {"method", "sparsity", "text", "tokens", "kl", "ppl": each
+    seed's, "ratio": mean over seeds of KL over uniform's in the same seed, "spread", "each_seed": {text: ratios}, as in `table`}."""
     joined = []
     for group in zip(*seeds):
-        base = [next(u for u in rows if u["method"] == "uniform" and u["sparsity"] == r["sparsity"]) for r, rows in zip(group, seeds) if r["sparsity"]]
-        if base:
-            ratios = [r["kl"] / u["kl"] for r, u in zip(group, base)]
-            joined.append({**{k: group[0][k] for k in ("method", "sparsity", "text")}, "tokens": [r["tokens"] for r in group],
-                           "ratio": statistics.mean(ratios), "spread": statistics.stdev(ratios) if len(ratios) > 1 else None,
-                           "each_seed": {"ratio": ratios, "kl": [r["kl"] for r in group], "ppl": [r["ppl"] for r in group]}})
+        method, s, text = (group[0][key] for key in ("method", "sparsity", "text"))
+        if method == "dense":
+            continue
+        base = [next(r["kl"] for r in rows if (r["method"], r["sparsity"]) == ("uniform", s)) for rows in seeds]
+        ratios = [r["kl"] / kl for r, kl in zip(group, base)]
+        joined.append({"method": method, "sparsity": s, "text": text, **{key: [r[key] for r in group] for key in ("tokens", "kl", "ppl")},
+                       "ratio": statistics.mean(ratios), "spread": statistics.stdev(ratios) if len(ratios) > 1 else None, "each_seed": {text: ratios}})
     return joined
 
 
@@ -231,10 +232,9 @@ def show_long(rows):
           f"{'method':<24} sparsity  KL ratio  ± seeds   perplexity of each seed")
     for r in rows:
         spread = "-" if r["spread"] is None else f"{r['spread']:.3f}"
-        print(f"{r['method']:<24} {r['sparsity']:8.2f}  {r['ratio']:8.3f}  {spread:>7}   " + "  ".join(f"{x:8.2f}" for x in r["each_seed"]["ppl"]))
+        print(f"{r['method']:<24} {r['sparsity']:8.2f}  {r['ratio']:8.3f}  {spread:>7}   " + "  ".join(f"{x:8.2f}" for x in r["ppl"]))
     for s in HARD:
-        ours, theirs = ([r | {"each_seed": {"kl": r["each_seed"]["kl"]}} for r in rows if r["sparsity"] == s and r["method"].startswith(m)]
-                        for m in ("UniCuCo", "EvoPress"))
+        ours, theirs = ([r for r in rows if r["sparsity"] == s and r["method"].startswith(m)] for m in ("UniCuCo", "EvoPress"))
         if ours and theirs:
             print(f"At {s}: {compared(ours[0], theirs[-1])}")
 
@@ -270,11 +270,16 @@ def one_seed(memory, a, seed, device, dtype, requests):
                                "seconds": {s: t for s, (_, t) in m["strategies"].items()}} for name, m in methods.items()}}
 
 
+def extrapolates(served):
+    """Without --full only QUICK is served, and what one request cost is multiplied."""
+    return list(served) == list(QUICK)
+
+
 def table(seeds, requests, served, tokens):
     """Rows of the comparison, over all seeds and test texts; `requests` are asked, of which `served` were measured."""
     rows, test_names = [], list(seeds[0]["tests"])
     # when seconds are extrapolated, a search that was disturbed by other work must not be multiplied
-    typical = statistics.median if len(served) < requests else statistics.mean
+    typical = statistics.median if extrapolates(served) else statistics.mean
     for method in seeds[0]["judged"]:
         def each_seed(test):                                # [{request: KL ratio to uniform}]
             return [{s: j[method][s][test][0] / j["uniform"][s][test][0] for s in j[method]} for j in (seed["judged"] for seed in seeds)]
@@ -289,7 +294,7 @@ def table(seeds, requests, served, tokens):
         rows.append({
             "method": method, "evaluations": fixed + each * requests, "tokens": round((fixed + each * requests) * tokens),
             "seconds": shared + per_request * requests, "seconds_shared": shared, "seconds_per_request": per_request,
-            "extrapolated": len(served) < requests and method not in SHARED,
+            "extrapolated": extrapolates(served) and method not in SHARED,
             "ratio": {t: statistics.mean(m) for t, m in zip(test_names, mean)},
             "spread": {t: statistics.stdev(m) if len(m) > 1 else None for t, m in zip(test_names, mean)}, "each_seed": dict(zip(test_names, mean)),
             "at": {t: each_request(t) for t in test_names}, "worst": {t: max(r for per in each_seed(t) for r in per.values()) for t in test_names},
@@ -310,8 +315,8 @@ def compared(ours, theirs):
 
 def show(rows, seeds, requests, served):
     print(f"\n{requests} requests from 0.2 to 0.75, {len(seeds)} seed{'s' * (len(seeds) > 1)}. "
-          + ("All were served and measured, and 0.3 to 0.7 beside them." if len(served) > len(QUICK) else
-             f"{len(served)} were measured per method; (*) extrapolated: seconds and evaluations per request, times {requests}."))
+          + (f"{len(served)} sparsities were measured per method; (*) extrapolated: seconds and evaluations per request, times {requests}."
+             if extrapolates(served) else "All were served and measured, and 0.3 to 0.7 beside them."))
     for test, count in seeds[0]["tests"].items():
         print(f"\n{test}, {count} tokens that no choice ever saw; KL as a ratio to uniform's at equal counted sparsity, "
               f"geometric mean over {served[0]:g} to {served[-1]:g}")
@@ -362,7 +367,8 @@ def main():
     p.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of one evaluation of f2 (2048)")
     p.add_argument("--calibration", type=int, default=32, metavar="N", help="calibration windows (32)")
     p.add_argument("--test-tokens", type=int, default=8192, metavar="N", help="tokens of each unseen text (8192)")
-    p.add_argument("--tasks", type=Path, metavar="DIR", help="at 0.5 and 0.6 also zero-shot tasks (see eval.py) and all of the first test text for seed 0, 65536 tokens of it for others")
+    p.add_argument("--tasks", type=Path, metavar="DIR",
+                   help="also, at 0.5 and 0.6: zero-shot tasks (see eval.py) and all of the first test text, seed 0; 65536 tokens of it, other seeds")
     p.add_argument("--limit", type=int, default=500, metavar="N", help="documents of each task (500)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window (default: the model's positions, at most 512)")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")

@@ -228,14 +228,16 @@ def test_the_table_of_benchmarks_is_that_of_the_models_that_were_searched_for(sm
     first, other = evaluation.Divergence(second, unseen[:2]), bench.Pruner(second, calibration)
     other.apply(content["found"]["1 UniCuCo, 48 and 14 rounds"]["strategies"]["0.6"][0])
     row, base = long["UniCuCo", 0.6], long["uniform", 0.6]
-    assert [row["each_seed"]["kl"][1], row["each_seed"]["ppl"][1]] == list(first.measure()) and row["each_seed"]["kl"][0] == rows["UniCuCo", 0.6]["kl"]
-    ratios = [a / b for a, b in zip(row["each_seed"]["kl"], base["each_seed"]["kl"])]
-    assert row["each_seed"]["ratio"] == ratios and (row["ratio"], row["spread"]) == (statistics.mean(ratios), statistics.stdev(ratios))
+    assert [row["kl"][1], row["ppl"][1]] == list(first.measure()) and row["kl"][0] == rows["UniCuCo", 0.6]["kl"]
+    ratios = [a / b for a, b in zip(row["kl"], base["kl"])]
+    assert row["each_seed"] == {row["text"]: ratios} and (row["ratio"], row["spread"]) == (statistics.mean(ratios), statistics.stdev(ratios))
     assert base["ratio"] == 1 and base["spread"] == 0
     printed = capsys.readouterr().out
-    assert "zero-shot accuracy in %, 3, 3, 3, 3, 3 documents" in printed and any(re.match(r"uniform +0.50 ", l) for l in printed.splitlines())
+    assert "zero-shot accuracy in %, 3, 3, 3, 3, 3 documents" in printed
+    percent = rows["uniform", 0.5]["percent"]
+    assert f" {percent['lost']:.1f} ± {percent['error']:.1f}" in next(l for l in printed.splitlines() if re.match(r"uniform +0.50 ", l))
     line = next(l for l in printed.splitlines() if l.startswith("At 0.6: UniCuCo's KL over that of EvoPress, 8 each: "))
-    ratios = [a / b for a, b in zip(row["each_seed"]["kl"], long["EvoPress, 8 each", 0.6]["each_seed"]["kl"])]
+    ratios = [a / b for a, b in zip(row["kl"], long["EvoPress, 8 each", 0.6]["kl"])]
     assert f" {statistics.mean(ratios):.3f}, ± {statistics.stdev(ratios):.3f} over 2 seeds" in line
     assert call(bench, *words, "--resume") == 0
     again = json.loads((tmp_path / "bench.json").read_text())
@@ -277,14 +279,14 @@ def test_a_difference_within_the_spread_of_seeds_is_called_a_tie():
 
 def test_seconds_are_medians_so_one_search_beside_other_work_changes_nothing():
     def seed(calibration, *seconds):
-        method = {"shared": 2.0, "evaluations": (0.0, 10.0), "seconds": dict(zip(bench.PERPLEXITIES, seconds))}
+        method = {"shared": 2.0, "evaluations": (0.0, 10.0), "seconds": dict(zip(bench.QUICK, seconds))}
         return {"tests": {"t": 8}, "calibration": calibration, "methods": {"uniform": method},
-                "judged": {"uniform": {s: {"t": [1.0, 2.0]} for s in bench.PERPLEXITIES}}}
+                "judged": {"uniform": {s: {"t": [1.0, 2.0]} for s in (*bench.QUICK, *bench.ENDS)}}}
 
-    row, = bench.table([seed(1, 5, 5, 900), seed(3, 5, 6, 4), seed(2, 4, 5, 7)], 64, bench.PERPLEXITIES, 100)
+    row, = bench.table([seed(1, 5, 5, 900, 5, 4), seed(3, 5, 6, 4, 5, 5), seed(2, 4, 5, 7, 5, 6)], 64, bench.QUICK, 100)
     assert (row["seconds_shared"], row["seconds_per_request"], row["seconds"]) == (4, 5, 324)      # by hand
     assert (row["evaluations"], row["tokens"], row["ratio"], row["spread"]) == (640, 64000, {"t": 1}, {"t": 0})
-    row, = bench.table([seed(1, 5, 6, 10)], 3, bench.PERPLEXITIES, 100)                            # all served: their sum
+    row, = bench.table([seed(1, 5, 6, 10, 2, 12)], 3, (0.2, *bench.QUICK, 0.75), 100)              # all served: their mean, times 3
     assert (row["seconds_shared"], row["seconds_per_request"], row["seconds"]) == (3, 7, 24)
 
 

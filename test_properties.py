@@ -702,6 +702,9 @@ def test_the_table_holds_the_kl_of_both_methods_at_equal_counts_and_names_where_
         row["kl"] = kl
     train.show(rows)
     assert capsys.readouterr().out.splitlines()[-1] == "StratNet's KL is below uniform's at 0.3 (-50.0 %); not at 0.6 (+50.0 %)."
+    rows[3]["kl"] = 0.1
+    train.show(rows)
+    assert capsys.readouterr().out.splitlines()[-1] == "StratNet's KL is below uniform's at 0.3 (-50.0 %), 0.6 (-50.0 %)."
 
 
 def call(*words):

@@ -5,7 +5,7 @@ Source    UniCuCo (arXiv 2505.12216), on the batched loop of PSL-MOBO (arXiv 221
 Reading   6 of 6. Before: prune.py. The end of the core; baselines.py, bench.py and plot.py compare and draw.
 Shapes    n strategies measured, d blocks.
 
-Laptop    python train.py                                   (100 s; ends with where StratNet wins)
+Laptop    python train.py                                   (60 s; ends with where StratNet wins)
 Full      torchrun --nproc-per-node=8 train.py --model ~/Llama-2-7b-hf --data c4.jsonl --test wiki.test.raw --tokens 16384
 """
 import contextlib
@@ -164,7 +164,7 @@ def show(rows):
             (wins if ratio < 1 else losses).append(f"{u['sparsity']:g} ({100 * (ratio - 1):+.1f} %)")
             print(f"{u['sparsity']:8.2f}   {u['counted']:16.4f} {s['counted']:9.4f}   {u['kl']:11.4f} {s['kl']:9.4f}  {ratio:5.3f}"
                   f"   {u['ppl']:19.3f} {s['ppl']:9.3f}")
-        print(f"StratNet's KL is below uniform's at {', '.join(wins) or 'no sparsity'}; not at {', '.join(losses) or 'none'}.")
+        print(f"StratNet's KL is below uniform's at {', '.join(wins) or 'no sparsity'}" + "; not at " * bool(losses) + ", ".join(losses) + ".")
 
 
 def fingerprint(a):
