@@ -1,5 +1,5 @@
 """
-The scripts as their users call them, in this process: what they print is what the functions give, what they write can be read again.
+The scripts as their users call them, most in this process: what they print is what the functions give, what they write can be read again.
 
 Run       pytest test_commands.py
 """
@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import llama
+import plot
 import prune
 import train
 import unicuco
@@ -29,7 +31,7 @@ CPU = ("--device", "cpu", "--dtype", "float32")
 
 
 def call(module, *words):
-    """The script, as from the command line: its exit code."""
+    """The script in this process, as from the command line: its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, words)])
         try:
@@ -75,6 +77,55 @@ def write_tasks(folder):
 @pytest.fixture
 def tasks(tmp_path):
     return write_tasks(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------------- any script
+def script(*words):
+    """The same in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=170)
+
+
+def test_prune_serves_a_request_with_the_stratnet_that_train_made_and_without_one(small, text, tmp_path):
+    common = ("--model", small, "--data", text, "--calibration", 4, "--seqlen", 64, "--device", "cpu")
+    made = script("train.py", *common, "--initial", 5, "--rounds", 2, "--batch", 2, "--tokens", 128, "--test-tokens", 128, "--out", tmp_path / "run")
+    assert made.returncode == 0, made.stderr
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 12
+    asked = (*common, "--tokens", 128, "--sparsity", 0.5, "--stratnet", tmp_path / "run" / "stratnet.safetensors")
+    done = script("prune.py", *asked, "--out", tmp_path / "learned")
+    assert done.returncode == 0, done.stderr
+    for name, method in (("uniform", ("--uniform",)), ("coarse", ("--rank-bits", 8))):
+        assert call(prune, *asked, "--out", tmp_path / name, *method) == 0
+    for name in ("learned", "uniform", "coarse"):
+        record = json.loads((tmp_path / name / "strategy.json").read_text())
+        assert abs(record["counted"] - 0.5) < 0.01 and load_llama(tmp_path / name)
+
+
+def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(small, text, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("x = 1")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "existing").mkdir()
+    other = write_small(tmp_path / "other", vocab_size=100)
+    base, half, out = (prune, "--model", small), (prune, "--sparsity", 0.5), ("--out", tmp_path / "out")
+    alone = [(*base, "--sparsity", 0.95, *out), (train, "--model", small, "--initial", 0, *out), (evaluation, "--model", small, "--seqlen", 4000),
+             (llama, "--model", small, "--tokens", 0), (plot, "--run", tmp_path)]                        # each script as a process once
+    cases = [(*base, "--sparsity", "x", *out), (*base, "--sparsity", "nan", *out), (*base, *out), (*half, "--model", tmp_path / "nowhere", *out),
+             (*half, "--model", tmp_path / "broken", *out), (*half, "--model", other, *out),
+             (*base, "--sparsity", 0.5, "--data", tmp_path / "empty.txt", *out), (*base, "--sparsity", 0.5, "--data", tmp_path / "short.txt", *out),
+             (*base, "--sparsity", 0.5, "--data", text, "--stratnet", ROOT / "tiny" / "stratnet.safetensors", *out),
+             (*base, "--sparsity", 0.5, "--uniform", "--out", tmp_path / "existing"),
+             (train, "--model", small, "--data", tmp_path / "nowhere.txt", *out), (llama, "--model", tmp_path / "broken")]
+
+    def nothing_but_one_line(case, code, error):
+        assert code == 2 and len(error.strip().splitlines()) == 1 and error.startswith(case[0].__name__ + ".py: "), (case, error)
+        assert not (tmp_path / "out").exists() and not list((tmp_path / "existing").iterdir())
+
+    for case, done in zip(alone, ThreadPoolExecutor(2).map(lambda case: script(case[0].__name__ + ".py", *case[1:]), alone)):
+        nothing_but_one_line(case, done.returncode, done.stderr)
+    for case in cases:
+        capsys.readouterr()
+        nothing_but_one_line(case, call(*case), capsys.readouterr().err)
 
 
 # -------------------------------------------------------------------------------------------------------------------- eval.py

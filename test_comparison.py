@@ -20,9 +20,9 @@ import plot
 import stages
 import train
 import unicuco
-from llama import load_llama, run
+from llama import load_llama
 from prune import LINEARS
-from test_commands import write_tasks
+from test_commands import call, write_tasks
 from test_unicuco import ROOT, write_small
 
 BLOCKS = 8
@@ -131,17 +131,6 @@ def test_a_gp_for_one_request_spends_its_budget_keeps_the_count_and_beats_unifor
 
 
 # ------------------------------------------------------------------------------------------------------------- the comparison
-def call(module, *words):
-    """The script in this process, as from the command line: its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, words)])
-        try:
-            run(module.main)
-        except SystemExit as end:
-            return end.code
-    return 0
-
-
 def options(small, text, out):
     return ("--model", small, "--data", text, "--device", "cpu", "--dtype", "float32", "--seqlen", 64, "--calibration", 4, "--tokens", 256,
             "--test-tokens", 256, "--out", out)

@@ -30,6 +30,7 @@ import wishes
 from gp import GaussianProcess
 from llama import Config, Llama, pack, unpack
 from prune import LINEARS, Pruner, keep_mask
+from test_commands import call
 from test_unicuco import ROOT, write_small
 from unicuco import MAX, Scale, StratNet, log_divergence, strategy_for
 
@@ -707,26 +708,15 @@ def test_the_table_holds_the_kl_of_both_methods_at_equal_counts_and_names_where_
     assert capsys.readouterr().out.splitlines()[-1] == "StratNet's KL is below uniform's at 0.3 (-50.0 %), 0.6 (-50.0 %)."
 
 
-def call(*words):
-    """train.py in this process, as from the command line: its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train.py", *map(str, words)])
-        patch.setattr(train, "search", lambda *a, search=train.search, **k: search(*a, **{**k, "steps": 5, "final_steps": 5}))
-        try:
-            llama.run(train.main)
-        except SystemExit as end:
-            return end.code
-    return 0
-
-
-def test_a_model_that_pruning_cannot_change_ends_with_a_table_of_zeros(tmp_path, capsys):
+def test_a_model_that_pruning_cannot_change_ends_with_a_table_of_zeros(tmp_path, capsys, monkeypatch):
     folder = write_small(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     weights = {n: w * (not n.endswith(("o_proj.weight", "down_proj.weight"))) for n, w in weights.items()}     # no block writes anything
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     (tmp_path / "text.txt").write_text((ROOT / "train.py").read_text())
-    assert call("--model", folder, "--data", tmp_path / "text.txt", "--device", "cpu", "--dtype", "float32", "--initial", 4, "--rounds", 1, "--batch", 2,
-                "--tokens", 64, "--calibration", 2, "--seqlen", 64, "--test-tokens", 64, "--out", tmp_path / "out") == 0
+    monkeypatch.setattr(train, "search", lambda *a, search=train.search, **k: search(*a, **{**k, "steps": 5, "final_steps": 5}))
+    assert call(train, "--model", folder, "--data", tmp_path / "text.txt", "--device", "cpu", "--dtype", "float32", "--initial", 4, "--rounds", 1,
+                "--batch", 2, "--tokens", 64, "--calibration", 2, "--seqlen", 64, "--test-tokens", 64, "--out", tmp_path / "out") == 0
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(rows) == 12 and all(r["kl"] == 0 for r in rows)
     assert "below uniform's at no sparsity; not at 0.2 (+0.0 %)" in capsys.readouterr().out.splitlines()[-1]

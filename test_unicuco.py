@@ -1,5 +1,5 @@
 """
-Every test: worked by hand (these also teach), against an independent implementation, by property, end to end.
+The core: worked by hand (these also teach), against an independent implementation, end to end.
 
 Run       pytest                      (under 3 minutes on 2 cores)
 The name of a test is the sentence that it checks. Each tolerance has its dtype beside it.
@@ -8,9 +8,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -398,52 +395,7 @@ def test_applying_a_strategy_sets_plus_zero_and_counts_exactly_and_restoring_bri
             pruner.apply(wrong)
 
 
-# ---------------------------------------------------------------------------------------------- scripts, from the command line
-def script(*words, cwd=ROOT):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=170)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(evaluation.stdlib_files(True))[:60_000])
-    return path
-
-
-def test_prune_serves_a_request_with_the_stratnet_that_train_made_and_without_one(small, text, tmp_path):
-    common = ("--model", small, "--data", text, "--calibration", 4, "--seqlen", 64, "--device", "cpu")
-    made = script("train.py", *common, "--initial", 5, "--rounds", 2, "--batch", 2, "--tokens", 128, "--test-tokens", 128, "--out", tmp_path / "run")
-    assert made.returncode == 0, made.stderr
-    assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 12
-    for method in ((), ("--uniform",), ("--rank-bits", 8)):
-        out = tmp_path / f"pruned{''.join(map(str, method))}"
-        done = script("prune.py", *common, "--tokens", 128, "--sparsity", 0.5, "--stratnet", tmp_path / "run" / "stratnet.safetensors", "--out", out, *method)
-        assert done.returncode == 0, done.stderr
-        record = json.loads((out / "strategy.json").read_text())
-        assert abs(record["counted"] - 0.5) < 0.01 and load_llama(out)
-
-
-def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(small, text, tmp_path):
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "short.txt").write_text("x = 1")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{")
-    (tmp_path / "existing").mkdir()
-    other = write_small(tmp_path / "other", vocab_size=100)
-    base, out = ("prune.py", "--model", small), ("--out", tmp_path / "out")
-    cases = [(*base, "--sparsity", 0.95, *out), (*base, "--sparsity", "x", *out), (*base, "--sparsity", "nan", *out), (*base, *out),
-             ("prune.py", "--sparsity", 0.5, "--model", tmp_path / "nowhere", *out),
-             ("prune.py", "--sparsity", 0.5, "--model", tmp_path / "broken", *out), ("prune.py", "--sparsity", 0.5, "--model", other, *out),
-             (*base, "--sparsity", 0.5, "--data", tmp_path / "empty.txt", *out), (*base, "--sparsity", 0.5, "--data", tmp_path / "short.txt", *out),
-             (*base, "--sparsity", 0.5, "--data", text, "--stratnet", ROOT / "tiny" / "stratnet.safetensors", *out),
-             (*base, "--sparsity", 0.5, "--uniform", "--out", tmp_path / "existing"),
-             ("train.py", "--model", small, "--initial", 0, *out), ("train.py", "--model", small, "--data", tmp_path / "nowhere.txt", *out),
-             ("eval.py", "--model", small, "--seqlen", 4000), ("llama.py", "--model", small, "--tokens", 0), ("llama.py", "--model", tmp_path / "broken"), ("plot.py", "--run", tmp_path)]
-    for case, done in zip(cases, ThreadPoolExecutor(2).map(lambda case: script(*case), cases)):      # two at a time: most of it is starting
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, (case, done.stderr)
-        assert not (tmp_path / "out").exists() and not list((tmp_path / "existing").iterdir())
-
-
+# ----------------------------------------------------------------------------------------------------------------- README
 def test_every_flag_and_every_number_in_the_readme_is_real():
     sources, readme = {p.name: p.read_text() for p in ROOT.glob("*.py")}, (ROOT / "README.md").read_text()
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", readme)) - {"nproc-per-node"}:
