@@ -108,24 +108,29 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(small, 
     (tmp_path / "existing").mkdir()
     other = write_small(tmp_path / "other", vocab_size=100)
     base, half, out = (prune, "--model", small), (prune, "--sparsity", 0.5), ("--out", tmp_path / "out")
-    alone = [(*base, "--sparsity", 0.95, *out), (train, "--model", small, "--initial", 0, *out), (evaluation, "--model", small, "--seqlen", 4000),
-             (llama, "--model", small, "--tokens", 0), (plot, "--run", tmp_path)]                        # each script as a process once
-    cases = [(*base, "--sparsity", "x", *out), (*base, "--sparsity", "nan", *out), (*base, *out), (*half, "--model", tmp_path / "nowhere", *out),
-             (*half, "--model", tmp_path / "broken", *out), (*half, "--model", other, *out),
-             (*base, "--sparsity", 0.5, "--data", tmp_path / "empty.txt", *out), (*base, "--sparsity", 0.5, "--data", tmp_path / "short.txt", *out),
-             (*base, "--sparsity", 0.5, "--data", text, "--stratnet", ROOT / "tiny" / "stratnet.safetensors", *out),
-             (*base, "--sparsity", 0.5, "--uniform", "--out", tmp_path / "existing"),
-             (train, "--model", small, "--data", tmp_path / "nowhere.txt", *out), (llama, "--model", tmp_path / "broken")]
+    alone = [("0.95 is outside", *base, "--sparsity", 0.95, *out), ("--initial must be", train, "--model", small, "--initial", 0, *out),
+             ("--seqlen 4000: this model has 128", evaluation, "--model", small, "--seqlen", 4000), ("--tokens must be", llama, "--model", small, "--tokens", 0),
+             ("measured.json is not there", plot, "--run", tmp_path)]                                    # each script as a process once
+    cases = [("'x' is not a number", *base, "--sparsity", "x", *out), ("'nan' is not a number", *base, "--sparsity", "nan", *out),
+             ("nothing is asked", *base, *out), ("nowhere is not a folder", *half, "--model", tmp_path / "nowhere", *out),
+             ("broken holds neither", *half, "--model", tmp_path / "broken", *out), ("do not belong together", *half, "--model", other, *out),
+             ("empty.txt is empty", *base, "--sparsity", 0.5, "--data", tmp_path / "empty.txt", *out),
+             ("shorter than one window", *base, "--sparsity", 0.5, "--data", tmp_path / "short.txt", *out),
+             ("for 12 blocks, the model has 3", *base, "--sparsity", 0.5, "--data", text, "--stratnet", ROOT / "tiny" / "stratnet.safetensors", *out),
+             ("existing exists already", *base, "--sparsity", 0.5, "--uniform", "--out", tmp_path / "existing"),
+             ("nowhere.txt cannot be read", train, "--model", small, "--data", tmp_path / "nowhere.txt", *out),
+             ("broken holds neither", llama, "--model", tmp_path / "broken")]
 
-    def nothing_but_one_line(case, code, error):
-        assert code == 2 and len(error.strip().splitlines()) == 1 and error.startswith(case[0].__name__ + ".py: "), (case, error)
+    def nothing_but_one_line(reason, module, code, error):
+        assert code == 2 and len(error.strip().splitlines()) == 1 and error.startswith(module.__name__ + ".py: ") and reason in error, (reason, error)
         assert not (tmp_path / "out").exists() and not list((tmp_path / "existing").iterdir())
 
-    for case, done in zip(alone, ThreadPoolExecutor(2).map(lambda case: script(case[0].__name__ + ".py", *case[1:]), alone)):
-        nothing_but_one_line(case, done.returncode, done.stderr)
-    for case in cases:
+    started = ThreadPoolExecutor(2).map(lambda case: script(case[1].__name__ + ".py", *case[2:]), alone)
+    for (reason, module, *_), done in zip(alone, started):
+        nothing_but_one_line(reason, module, done.returncode, done.stderr)
+    for reason, module, *words in cases:
         capsys.readouterr()
-        nothing_but_one_line(case, call(*case), capsys.readouterr().err)
+        nothing_but_one_line(reason, module, call(module, *words), capsys.readouterr().err)
 
 
 # -------------------------------------------------------------------------------------------------------------------- eval.py
