@@ -81,7 +81,7 @@ def tasks(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------------- any script
 def script(*words):
-    """The same in a process of its own."""
+    """A script in a process of its own: what `subprocess.run` gives."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=170)
 
 
