@@ -1,18 +1,21 @@
 """
-What UniCuCo is compared with: uniform, OWL, EvoPress and a per-request Gaussian process, on the same masks and the same f2.
+What UniCuCo is compared with: uniform, OWL, EvoPress and a Gaussian process for each request.
 
-Source    OWL (arXiv 2310.05175), EvoPress (arXiv 2410.14649); each docstring says what was left out.
-Reading   after train.py. Next: stages.py.
-Shapes    d blocks; a strategy (d,) is the sparsity of each block; every baseline returns one for the same counted sparsity.
+Source    OWL (arXiv 2310.05175), EvoPress (arXiv 2410.14649); docstrings say what was left out.
+Reading   after train.py, before compare.py, which needs it. All on the same masks and the same f2.
+Shapes    d blocks; a strategy (d,) is the sparsity of each block.
 """
+
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from gp import GaussianProcess
-from prune import LINEARS, METRICS, activation_norms
-from train import one_thread
-from unicuco import MAX, log_divergence, logit, shift_to
+from model import LINEARS
+from prune import activation_norms, wanda
+from unicuco import MAX, log_divergence, one_thread, shift_to, to_logits
 
 
 def uniform(blocks, sparsity):
@@ -20,65 +23,100 @@ def uniform(blocks, sparsity):
     return torch.full((blocks,), sparsity, dtype=torch.float64)
 
 
+@dataclass
+class Target:
+    """What each search below is asked for: a strategy with the count of uniform at `sparsity`.
+
+    counted_sparsity   strategy (d,) -> fraction of weights that it drops, as Pruner.sparsity
+    """
+
+    sparsity: float
+    blocks: int
+    counted_sparsity: Callable
+
+    def met_by(self, strategy):
+        """`strategy` (d,), all its logits shifted by one constant until the count is right."""
+        return shift_to(to_logits(strategy), self.sparsity, self.counted_sparsity)
+
+    def uniform(self):
+        return self.met_by(uniform(self.blocks, self.sparsity))
+
+
+# ------------------------------------------------------------------------------------------- OWL
 @torch.inference_mode()
 def outlier_shares(model, windows, M=(3, 5, 7, 10)):
-    """OWL's layer-wise outlier distribution: share of a block's Wanda scores above M times their mean, {M: (d,)}, in percent."""
-    norms, shares = activation_norms(model, windows), {m: [] for m in M}
+    """OWL's layer-wise outlier distribution, {M: (d,)}, in percent: the share of a block's Wanda
+    scores above M times their mean. The model must be dense."""
+    norms = activation_norms(model, windows)
+    shares = {m: [] for m in M}
     for i, block in enumerate(model.blocks):
-        scores = torch.cat([METRICS["wanda"](block.get_submodule(name).weight, norms[f"model.layers.{i}.{name}.weight"]).flatten()
-                            for name in LINEARS])
+        scores = []
+        for name in LINEARS:
+            x_norm = norms[f"model.layers.{i}.{name}.weight"]
+            scores.append(wanda(block.get_submodule(name).weight, x_norm).flatten())
+        scores = torch.cat(scores)
         for m in M:
             shares[m].append(100 * float((scores > m * scores.mean()).float().mean()))
     return {m: torch.tensor(s, dtype=torch.float64) for m, s in shares.items()}
 
 
-def owl(shares, sparsity, counted, lam=0.08):
-    """OWL (arXiv 2310.05175): blocks with more outliers keep more, at most `lam` off the mean. shares (d,) for one M.
+def owl(shares, target, lam=0.08):
+    """OWL: blocks with more outliers keep more, at most `lam` off the mean. shares (d,) of one M.
 
-    Left out: nothing of the method; the counted sparsity is then made equal by `shift_to`, as for all methods here.
+    Left out: nothing of the method; the count is then made equal, as for all methods here.
     """
     spread = (shares - shares.min()) / (shares.max() - shares.min()).clamp(min=1e-12) * 2 * lam
-    return shift_to(logit(sparsity - (spread - spread.mean())), sparsity, counted)
+    return target.met_by(target.sparsity - (spread - spread.mean()))
 
 
-def owl_best(shares, sparsity, counted, f2, lams=(0.04, 0.08, 0.12)):
-    """OWL with the M and lambda of lowest f2 on the search text: as many evaluations as there are settings."""
-    candidates = [owl(s, sparsity, counted, lam) for s in shares.values() for lam in lams]
+def owl_best(shares, target, f2, lams=(0.04, 0.08, 0.12)):
+    """OWL with the M and lambda of lowest f2 on the search text: an evaluation for each pair."""
+    candidates = [owl(s, target, lam) for s in shares.values() for lam in lams]
     return min(candidates, key=f2)
 
 
-def evopress(f2, quick, sparsity, blocks, counted, budget, seed=0, offspring=8, survivors=2, step=0.05, snapshots=()):
-    """EvoPress (arXiv 2410.14649): (1 + lambda) evolution of one request, by KL.
+# -------------------------------------------------------------------------------------- EvoPress
+def child_of(parent, step, g):
+    """`parent` (d,) after 1 to 3 level switches, 1 the likeliest: one random block gains `step`
+    of sparsity, another loses it, so the sum stays."""
+    child = parent.clone()
+    one, other = (int(torch.randint(1, 4, (1,), generator=g)) for _ in range(2))
+    for _ in range(min(one, other)):
+        up, down = torch.randperm(len(child), generator=g)[:2].tolist()
+        size = min(step, float(MAX - child[up]), float(child[down]))
+        child[up] += size
+        child[down] -= size
+    return child
 
-    Each child is the parent after 1 to 3 level switches: one random block gains `step` of sparsity, another loses it, so the sum
-    stays. Selection in two steps on growing token counts: all children on `quick`, the best few and the parent on f2.
-    f2, quick     strategy -> KL on all search tokens, and on 1 / quick.share of them
-    budget        evaluations of f2, counted in tokens
-    snapshots     smaller budgets whose best strategy is wanted too
-    returns       {budget: (strategy (d,), seconds until then)}
-    Left out: levels from a database of pruned layers (any level costs nothing here), and a third selection step.
+
+def evopress(
+    f2, quick, target, budget, seed=0, *, snapshots=(), offspring=8, survivors=2, step=0.05
+):
+    """EvoPress: (1 + lambda) evolution of one request, by KL.
+
+    Selection in two steps on growing token counts: all children of the parent on `quick`, the
+    best few, and the parent, on f2.
+    f2, quick   strategy -> KL on all search tokens, and on 1 / quick.share of them
+    budget      evaluations of f2, counted in tokens
+    snapshots   smaller budgets whose best strategy is wanted too
+    returns     {budget: (strategy (d,), seconds until then)}
+    Left out: levels from a database of pruned layers (any level costs nothing here), and a third
+    selection step.
     """
-    g, started = torch.Generator().manual_seed(seed), time.perf_counter()
-    parent = shift_to(logit(uniform(blocks, sparsity)), sparsity, counted)
-    best, spent, found = f2(parent), 1.0, {}
+    g = torch.Generator().manual_seed(seed)
+    started = time.perf_counter()
+    parent = target.uniform()
+    best = f2(parent)
+    spent = 1.0
+    cost = offspring / quick.share + survivors  # of one generation
+    found = {}
     wanted = sorted({*snapshots, budget})
     while wanted:
-        cost = offspring / quick.share + survivors
-        while wanted and spent + cost > wanted[0]:
+        if spent + cost > wanted[0]:  # not even one more generation
             found[wanted.pop(0)] = parent, time.perf_counter() - started
-        if not wanted:
-            break
-        children = []
-        for _ in range(offspring):
-            child = parent.clone()
-            switches = min(int(torch.randint(1, 4, (1,), generator=g)), int(torch.randint(1, 4, (1,), generator=g)))
-            for _ in range(switches):
-                up, down = torch.randperm(blocks, generator=g)[:2].tolist()
-                size = min(step, float(MAX - child[up]), float(child[down]))
-                child[up], child[down] = child[up] + size, child[down] - size
-            children.append(shift_to(logit(child), sparsity, counted))
-        children.sort(key=quick)
-        for child in children[:survivors]:
+            continue
+        children = [target.met_by(child_of(parent, step, g)) for _ in range(offspring)]
+        for child in sorted(children, key=quick)[:survivors]:
             kl = f2(child)
             if kl < best:
                 parent, best = child, kl
@@ -86,33 +124,47 @@ def evopress(f2, quick, sparsity, blocks, counted, budget, seed=0, offspring=8, 
     return found
 
 
-def gp_search(f2, sparsity, blocks, counted, budget, seed=0, initial=12, batch=4, steps=200):
-    """A Gaussian process for one request alone: the same surrogate and confidence bound, but no StratNet and no sharing.
+# -------------------------------------------------------------------- a GP for one request alone
+def gp_search(f2, target, budget, seed=0, *, initial=12, batch=4, steps=200):
+    """A Gaussian process for one request alone: the surrogate and confidence bound of UniCuCo, but
+    no StratNet and nothing shared with other requests.
 
-    Strategies of the wanted count, scattered first; then the minimum of mean - 0.5 std over all blocks at that sparsity, by Adam.
+    Strategies of the wanted count, scattered first; then minima of mean - 0.5 std.
+    budget    evaluations of f2;   returns the strategy (d,) of lowest f2
     """
     g = torch.Generator().manual_seed(seed)
-
-    def scattered(count, centre, width):
-        noise = torch.randn(count, blocks, generator=g, dtype=torch.float64)
-        return [shift_to(logit(centre + width * n), sparsity, counted) for n in noise]
-
-    X = [shift_to(logit(uniform(blocks, sparsity)), sparsity, counted)] + scattered(min(initial, budget) - 1, uniform(blocks, sparsity), 0.12)
+    noise = torch.randn(min(initial, budget) - 1, target.blocks, generator=g, dtype=torch.float64)
+    centre = uniform(target.blocks, target.sparsity)
+    X = [target.uniform()] + [target.met_by(centre + 0.12 * n) for n in noise]
     y = [log_divergence(f2(x)) for x in X]
     while len(X) < budget:
         with one_thread():
             gp = GaussianProcess("blocks").fit(torch.stack(X), torch.tensor(y, dtype=torch.float64))
-            start = torch.stack([X[min(range(len(X)), key=y.__getitem__)]] * batch)
-            z = (logit(start) + 0.3 * torch.randn(start.shape, generator=g, dtype=torch.float64)).requires_grad_()
-            optimizer = torch.optim.Adam([z], lr=0.05)
-            for _ in range(steps):
-                x = MAX * torch.sigmoid(z)
-                mean, std = gp.posterior(x)
-                loss = (mean - 0.5 * std + 100 * (x.mean(1) - sparsity) ** 2).sum()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            picks = [shift_to(p, sparsity, counted) for p in z.detach()[:budget - len(X)]]
+            z = lowest_bounds(gp, best_of(X, y), target.sparsity, batch, steps=steps, generator=g)
+            z = z[: budget - len(X)]
+            picks = [shift_to(p, target.sparsity, target.counted_sparsity) for p in z]
         X += picks
         y += [log_divergence(f2(x)) for x in picks]
+    return best_of(X, y)
+
+
+def best_of(X, y):
+    """The first of the strategies X with the lowest y."""
     return X[min(range(len(X)), key=y.__getitem__)]
+
+
+def lowest_bounds(gp, start, sparsity, batch, *, steps, generator):
+    """Logits (batch, d) of minima of the GP's mean - 0.5 std at that sparsity: Adam, from around
+    `start` (d,), over all blocks."""
+    z = to_logits(torch.stack([start] * batch))
+    z += 0.3 * torch.randn(z.shape, generator=generator, dtype=torch.float64)
+    z.requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=0.05)
+    for _ in range(steps):
+        x = MAX * torch.sigmoid(z)
+        mean, std = gp.posterior(x)
+        loss = (mean - 0.5 * std + 100 * (x.mean(1) - sparsity) ** 2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return z.detach()

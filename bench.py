@@ -1,411 +1,490 @@
 """
-The comparison that the paper claims: many requests, served by UniCuCo and by searches that start anew for each.
+What each stage costs, against its floor or the usual tool; how costs grow; Wanda block by block.
 
-Source    the comparison of UniCuCo (arXiv 2505.12216): 64 requests; methods as in baselines.py.
-Reading   after stages.py.
-Laptop    python bench.py                          (3 minutes; ends with the speed at equal quality)
-          python bench.py --stages                 (1 minute; every stage against its floor, one ratio each)
-Full      python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3 --resume
+Reading   beside compare.py; can be skipped. Nothing else needs it.
+Units     ratios of medians in one run; seconds stand beside them.
+
+Laptop    python bench.py                     (1 minute; ends with the file that it wrote)
+Full      python bench.py --slopes --model DIR --data c4.jsonl
 """
-import hashlib
+
+import ctypes
 import math
+import re
 import statistics
 import time
+import warnings
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from baselines import evopress, gp_search, outlier_shares, owl_best, uniform
-from eval import TASKS, Divergence, cut, read_rows, sha256, standard_error, zero_shot
-from llama import Parser, add_model, choose_device, read_json, run, weight_files
-from outputs import write_json
-from prune import Pruner, setting
-from stages import sequential, slopes, stages
-from train import search
-from unicuco import DIVERGENCES, finite, strategy_for
-
-QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)                       # requests that a baseline is measured on, unless --full
-HARD = (0.5, 0.6)                                       # requests whose strategies are read a whole text and asked zero-shot tasks
-LONG = 65536                                            # tokens of that text that they are read for seeds after the first
-ENDS = (0.2, 0.75)                                      # what costs no search is measured there too
-PERPLEXITIES = (0.5, 0.6, 0.7)
-METHODS = {"owl": "OWL, best of 12", "unicuco": "UniCuCo", "constant": "UniCuCo, constant mean", "gp": "GP per request", "evopress": "EvoPress",
-           "magnitude": "magnitude, uniform"}
-SHARED = ("uniform", "UniCuCo", "UniCuCo, constant mean", "magnitude, uniform")     # what 64 requests cost no more searches than one
-
-
-class Counter:
-    """f2 that counts the tokens it was measured on; `share`: how many times fewer tokens than all search tokens."""
-
-    def __init__(self, pruner, divergence, bar, share=1):
-        self.pruner, self.divergence, self.bar, self.share, self.tokens = pruner, divergence, bar, share, 0
-
-    def __call__(self, strategy):
-        self.pruner.apply(strategy)
-        self.tokens += self.divergence.windows.numel()
-        self.bar.update(1 / self.share)
-        return finite(self.divergence())
+from baselines import uniform
+from compare import QUICK
+from eval import CHUNK, Divergence
+from gp import GaussianProcess
+from llama import pack, unpack
+from model import LINEARS, Config, Llama
+from prune import Pruner, activation_norms, prepare, rank, wanda
+from script import (
+    Parser,
+    add_model,
+    add_texts,
+    at_least,
+    choose_device,
+    run,
+    sha256,
+    write_json,
+)
+from train import first_tokens, sources
+from unicuco import StratNet, first_design, one_thread, strategy_for
 
 
-class Memory:
-    """Every search and every measurement of a comparison, on disk the moment it is done: a killed run goes on with --resume."""
-
-    def __init__(self, path, inputs, resume):
-        self.path, self.content = path, {"inputs": inputs, "found": {}}
-        if resume and path.exists():
-            self.content = {"found": {}, **read_json(path)}
-            earlier = self.content.get("inputs") or {}
-            changed = [key for key in inputs if earlier.get(key) != inputs[key]]
-            if changed:
-                raise ValueError(f"{path} holds a comparison with another {changed[0]}: {earlier.get(changed[0])!r}, now {inputs[changed[0]]!r}")
-
-    def __call__(self, key, make):
-        """The value of `key`, JSON, from the file or by calling `make` once."""
-        if key not in self.content["found"]:
-            self.content["found"][key] = make()
-            self.write()
-        return self.content["found"][key]
-
-    def write(self, **more):
-        self.content.update(more)
-        write_json(self.path, self.content)
+def race(*functions, repeats=5):
+    """Median seconds of each function, run in turn after a warm-up, so that a drifting machine
+    hits all alike."""
+    times = [[] for _ in functions]
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for _ in range(repeats + 1):
+        for function, seconds in zip(functions, times):
+            started = time.perf_counter()
+            function()
+            wait()
+            seconds.append(time.perf_counter() - started)
+    return [statistics.median(seconds[1:]) for seconds in times]
 
 
-def serve(memory, pruner, divergence, quick, shares, requests, names, budget, initial, rounds, seed, bar):
-    """The strategies of uniform and of the methods `names` for `requests`: {method: {"shared", "evaluations", "strategies": {request:
-    [strategy, seconds]}}}.
-
-    shared        seconds spent once for all requests (calibration is the caller's, and the same for all)
-    evaluations   of f2, in units of all search tokens: (shared, per request)
-    """
-    blocks, counted, tokens = len(pruner.live), pruner.sparsity, divergence.windows.numel()
-    everywhere = sorted({*requests, *ENDS})
-    f2, part = Counter(pruner, divergence, bar), Counter(pruner, quick, bar, tokens / quick.windows.numel())
-
-    def timed(strategy_of, s):
-        started, before = time.perf_counter(), f2.tokens + part.tokens
-        strategy = strategy_of(s)
-        pruner.apply(strategy)
-        return [strategy.tolist(), time.perf_counter() - started, (f2.tokens + part.tokens - before) / tokens]
-
-    def each(name, strategy_of, requests=requests):
-        found = {s: memory(f"{seed} {name} {s}", lambda: timed(strategy_of, s)) for s in requests}
-        return {"shared": 0.0, "evaluations": (0.0, statistics.mean(e for *_, e in found.values())), "strategies": {s: f[:2] for s, f in found.items()}}
-
-    def learned(mean):
-        started, before = time.perf_counter(), f2.tokens
-        net, *_ = search(lambda batch: [f2(x) for x in batch], blocks, initial=initial, rounds=rounds, mean=mean, seed=seed)
-        shared, evaluations = time.perf_counter() - started, (f2.tokens - before) / tokens
-        return {"shared": shared, "evaluations": (evaluations, 0.0), "strategies": {str(s): timed(lambda s: strategy_for(net, s, counted), s)[:2] for s in everywhere}}
-
-    methods = {"uniform": each("uniform", lambda s: uniform(blocks, s), everywhere)}
-    for key in names:
-        name = METHODS[key]
-        if key == "owl":
-            methods[name] = each(name, lambda s: owl_best(shares, s, counted, f2))
-        elif key == "gp":
-            methods[name] = each(name, lambda s: gp_search(f2, s, blocks, counted, budget // 2, seed))
-        elif key == "evopress":
-            budgets = sorted({budget // 8, budget // 4, budget // 2, budget} - {0})
-            found = {s: memory(f"{seed} {name} {s}", lambda: {str(b): [x.tolist(), t] for b, (x, t) in evopress(
-                f2, part, s, blocks, counted, budget, seed, snapshots=budgets).items()}) for s in requests}
-            for b in budgets:
-                methods[f"{name}, {b} each"] = {"shared": 0.0, "evaluations": (0.0, float(b)), "strategies": {s: found[s][str(b)] for s in requests}}
-        elif key != "magnitude":
-            made = memory(f"{seed} {name}, {initial} and {rounds} rounds", lambda: learned({"unicuco": "blocks"}.get(key, key)))
-            methods[name] = {**made, "strategies": {s: made["strategies"][str(s)] for s in everywhere}}
-    return methods
+def peak(work):
+    """Bytes that `work` adds to this process at most, by Linux's own record of the most resident
+    memory; None elsewhere."""
+    status = Path("/proc/self/status")
+    try:
+        work()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back
+        Path("/proc/self/clear_refs").write_text("5")  # the record starts anew
+        before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+        work()
+        return 1024 * (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before)
+    except (OSError, AttributeError):
+        return None
 
 
-def mark(strategy):
-    """Eight letters for a strategy: what was measured is remembered for it alone."""
-    return hashlib.sha256(repr(strategy).encode()).hexdigest()[:8]
+class Table:
+    """Rows of stages.json, printed as they come."""
+
+    def __init__(self):
+        self.rows = []
+        print(f"{'stage':<44} {'ratio':>9} {'seconds':>10}   against (bar)")
+
+    def add(self, stage, against, ratio, seconds, bar):
+        """bar   what the ratio should be, in words"""
+        row = {"stage": stage, "against": against, "ratio": ratio, "seconds": seconds, "bar": bar}
+        self.rows.append(row)
+        print(f"{stage:<44} {ratio:9.2f} {seconds:10.4f}   {against} ({bar})", flush=True)
 
 
-def outcome(divergence):
-    """[KL, perplexity] of the model as it is now; of a ruined one 100 nats and exp(100)."""
-    kl, ppl = divergence.measure()
-    return [finite(kl), ppl if math.isfinite(ppl) else math.exp(DIVERGENCES[1])]
-
-
-def judge(memory, methods, pruner, tests, seed, bar):
-    """KL and perplexity of every strategy on every test text: {method: {request: {"counted", test: [kl, ppl]}}}."""
+# ---------------------------------------------------------------------------------------- stages
+@torch.inference_mode()
+def stages(setting):
+    """Rows (stage, what it is measured against, ratio, seconds, bar) of one run, with the threads
+    that torch has unless the stage says another number. The model is left dense."""
+    norms = activation_norms(setting.model, setting.calibration)
+    pruner = Pruner(setting.model, setting.calibration)
+    weights = sum(W.numel() for block in pruner.dense for W in block)
+    size = setting.model.embed.weight.element_size()
+    print(
+        f"memory: live block weights {weights * size / 1e6:.1f} MB, dense copy the same,"
+        f" ranks {weights * 2 / 1e6:.1f} MB\n"
+    )
+    table = Table()
+    time_apply(table, pruner)
+    time_ranking(table, pruner, norms)
+    time_evaluation(table, setting.model, setting.search)
+    time_packing(table, pruner)
+    time_sparse_products(table, pruner)
     pruner.restore()
-    references = {name: Divergence(pruner.model, windows) for name, windows in tests.items()}
-    count = sum(w.numel() for w in tests.values())
-
-    def measured(strategy):
-        pruner.apply(strategy)
-        return {"counted": pruner.sparsity(strategy), **{name: outcome(d) for name, d in references.items()}}
-
-    judged = {}
-    for method, m in methods.items():
-        for s, (strategy, _) in m["strategies"].items():
-            judged.setdefault(method, {})[s] = memory(f"{seed} {method} {s} {mark(strategy)} on {count} tokens", lambda: measured(strategy))
-            bar.update()
-    pruner.restore()
-    return judged
+    time_gp(table)
+    return table.rows
 
 
-def hard_rows(methods):
-    """What is read long texts and asked tasks, (method, sparsity, strategy): the dense model (None), then the methods at sparsities HARD, but
-    for EvoPress's smaller budgets and the constant mean."""
-    left_out = [m for m in methods if m.startswith("EvoPress")][:-1] + [METHODS["constant"]]
-    return [("dense", 0.0, None)] + [(m, s, methods[m]["strategies"][s][0]) for s in HARD for m in methods if m not in left_out]
+def time_apply(table, pruner):
+    threads = torch.get_num_threads()
+    strategy = [0.5] * len(pruner.live)
+    for count in sorted({1, threads}):
+        torch.set_num_threads(count)
+        applied, copied = race(partial(pruner.apply, strategy), pruner.restore)
+        table.add(
+            f"apply a strategy, {count} thread{'s' * (count > 1)}",
+            "plain copies of the same weights",
+            applied / copied,
+            applied,
+            "at most 2.2 on one, 2.0 on two",
+        )
 
 
-def long_text(memory, pruner, methods, held_out, seed, tokens=None):
-    """KL and perplexity of `hard_rows` on the first test text (its first `tokens` if given), in windows as long as the model takes, at most
-    2048: rows {"method", "sparsity", "text", "tokens", "kl", "ppl"}."""
-    text, windows = next(iter(held_out.items()))
-    windows, references = cut(windows.flatten()[:tokens], min(2048, pruner.model.config.max_position_embeddings)), []
-
-    def read(strategy):
-        if not references:                                  # the dense model is run first; a resumed comparison may not need it
-            pruner.restore()
-            references.append(Divergence(pruner.model, windows))
-        pruner.restore() if strategy is None else pruner.apply(strategy)
-        return outcome(references[0])
-
-    rows = []
-    for method, s, strategy in tqdm(hard_rows(methods), desc=f"seed {seed}, {windows.numel()} tokens", disable=None):
-        kl, ppl = memory(f"{seed} {method} {s} {mark(strategy)} on {windows.numel()} tokens of {text}", lambda: read(strategy))
-        rows.append({"method": method, "sparsity": s, "text": text, "tokens": windows.numel(), "kl": kl, "ppl": ppl})
-    pruner.restore()
-    return rows
+def sort_anew(dense, live, norms, names, k):
+    """What the Wanda paper describes for each request: score, sort and zero each matrix again."""
+    for W, out, name in zip(dense, live, names):
+        out.copy_(W)
+        lowest = wanda(W, norms[name]).sort(dim=-1, stable=True).indices[:, : int(k * W.shape[1])]
+        out.scatter_(1, lowest, 0)
 
 
-def benchmarks(memory, model, tokenizer, pruner, methods, held_out, folder, limit, seed):
-    """`long_text` of all of the first test text, each row with zero-shot accuracies too: {..., task: {"acc", "acc_norm", "right": "0110..."},
-    "percent": {task: acc, "average", "lost": average of the dense model minus this one, "error": its standard error, paired by document}}."""
-    rows = {task: read_rows(folder, task, limit) for task in TASKS}
-
-    def answer(strategy, task):
-        pruner.restore() if strategy is None else pruner.apply(strategy)
-        r = zero_shot(model, tokenizer, task, rows[task])
-        return {"acc": r["acc"], "acc_norm": r["acc_norm"], "right": "".join("01"[p == g] for p, g in zip(r["predictions"], r["gold"]))}
-
-    table = long_text(memory, pruner, methods, held_out, seed)
-    for r, (method, s, strategy) in zip(table, tqdm(hard_rows(methods), desc="zero-shot tasks", disable=None)):
-        for task in TASKS:
-            r[task] = memory(f"{seed} {method} {s} {mark(strategy)} on {len(rows[task])} documents of {task}", lambda: answer(strategy, task))
-    pruner.restore()
-    right = [{task: np.array(list(r[task]["right"]), int) for task in TASKS} for r in table]
-    for r, own in zip(table, right):
-        lost = [right[0][task] - own[task] for task in TASKS]                                   # by the same documents, of the dense model's
-        r["percent"] = {task: 100 * r[task]["acc"] for task in TASKS} | {
-            "average": 100 * statistics.mean(r[task]["acc"] for task in TASKS), "lost": 100 * statistics.mean(float(x.mean()) for x in lost),
-            "error": 100 * math.sqrt(sum(standard_error(x) ** 2 for x in lost)) / len(TASKS)}
-    return table
+def sort_twice(score):
+    """Ranks (d_out, d_in), as one would write them first."""
+    return score.argsort(dim=-1, stable=True).argsort(dim=-1)
 
 
-def show_benchmarks(table):
-    """Print accuracies in percent, their average, and how far it lies below the dense model's, with a standard error."""
-    print(f"\n{table[0]['text']}, {table[0]['tokens']} tokens; zero-shot accuracy in %, {', '.join(str(len(table[0][task]['right'])) for task in TASKS)} documents\n"
-          f"{'method':<24} sparsity       KL  perplexity   " + "".join(f"{task:>14}" for task in TASKS) + "   average   below dense")
-    for r in table:
-        *shares, lost, error = r["percent"].values()
-        print(f"{r['method']:<24} {r['sparsity']:8.2f} {r['kl']:8.4f} {r['ppl']:11.3f}   " + "".join(f"{x:14.1f}" for x in shares[:-1])
-              + f"{shares[-1]:10.1f}   {lost:.1f} ± {error:.1f}")
+def time_ranking(table, pruner, norms):
+    blocks = len(pruner.live)
+    dense, live, names = (part[blocks // 2] for part in (pruner.dense, pruner.live, pruner.names))
+    scores = [wanda(W, norms[name]) for W, name in zip(dense, names)]
+    ranked, twice = race(
+        lambda: [rank(s) for s in scores], lambda: [sort_twice(s) for s in scores], repeats=3
+    )
+    table.add("rank one block", "two argsorts / ours", twice / ranked, ranked, "at least 1.5")
+    anew, applied = race(
+        lambda: sort_anew(dense, live, norms, names, 0.5),
+        lambda: pruner.apply([0.5] * blocks),
+        repeats=3,
+    )
+    ours = ranked * blocks + 64 * applied
+    table.add(
+        "64 masks from one ranking",
+        "64 times score, sort, zero / ours",
+        64 * anew * blocks / ours,
+        ours,
+        "at least 10",
+    )
 
 
-def over_seeds(seeds):
-    """Rows of `long_text`, a list for each seed, joined, without the dense model: {"method", "sparsity", "text", "tokens", "kl", "ppl": each
-    seed's, "ratio": mean over seeds of KL over uniform's in the same seed, "spread", "each_seed": {text: ratios}, as in `table`}."""
-    joined = []
-    for group in zip(*seeds):
-        method, s, text = (group[0][key] for key in ("method", "sparsity", "text"))
-        if method == "dense":
-            continue
-        base = [next(r["kl"] for r in rows if (r["method"], r["sparsity"]) == ("uniform", s)) for rows in seeds]
-        ratios = [r["kl"] / kl for r, kl in zip(group, base)]
-        joined.append({"method": method, "sparsity": s, "text": text, **{key: [r[key] for r in group] for key in ("tokens", "kl", "ppl")},
-                       "ratio": statistics.mean(ratios), "spread": statistics.stdev(ratios) if len(ratios) > 1 else None, "each_seed": {text: ratios}})
-    return joined
+def time_evaluation(table, model, windows):
+    """One evaluation of f2, the seconds against its matrix products, and the memory."""
+    divergence = Divergence(model, windows)
+    linears = [block.get_submodule(name) for block in model.blocks for name in LINEARS]
+    widths = {linear.in_features for linear in [*linears, model.head]}
+    inputs = {n: torch.randn(windows.numel(), n).to(model.head.weight) for n in widths}
+    linears += [model.head, model.head]
+    whole, products = race(divergence, lambda: [m(inputs[m.in_features]) for m in linears])
+    weigh(table, "memory of one evaluation of f2", model, divergence)
+    wide = Llama(Config(2**17, 512, 1024, 8, 8, 8, 64, 512)).eval()
+    name = "memory of one evaluation of f2, 128k vocabulary"
+    weigh(table, name, wide, Divergence(wide, windows[:4]))
+    table.add(
+        "one evaluation of f2",
+        "its bare matrix products / ours",
+        products / whole,
+        whole,
+        "at least 0.65 in float32, 0.55 in bfloat16",
+    )
 
 
-def show_long(rows):
-    """Print KL ratios to uniform over seeds, every seed's perplexity, and UniCuCo beside EvoPress at each sparsity."""
-    print(f"\n{rows[0]['text']}, {', '.join(map(str, rows[0]['tokens']))} tokens for seeds 0 to {len(rows[0]['tokens']) - 1}; KL as a ratio to uniform's\n"
-          f"{'method':<24} sparsity  KL ratio  ± seeds   perplexity of each seed")
-    for r in rows:
-        spread = "-" if r["spread"] is None else f"{r['spread']:.3f}"
-        print(f"{r['method']:<24} {r['sparsity']:8.2f}  {r['ratio']:8.3f}  {spread:>7}   " + "  ".join(f"{x:8.2f}" for x in r["ppl"]))
-    for s in HARD:
-        ours, theirs = ([r for r in rows if r["sparsity"] == s and r["method"].startswith(m)] for m in ("UniCuCo", "EvoPress"))
-        if ours and theirs:
-            print(f"At {s}: {compared(ours[0], theirs[-1])}")
+def weigh(table, stage, model, evaluation):
+    """Add the memory of `evaluation`, where Linux tells it."""
+    used = peak(evaluation)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    if used is not None:
+        table.add(
+            stage,
+            f"MB above what Pruner holds; the weights have {held / 1e6:.0f} MB,"
+            f" a chunk of logits {4 * CHUNK / 1e6:.0f}",
+            used / 1e6,
+            0.0,
+            "at most 0.3 of the weights and a chunk",
+        )
 
 
-def one_seed(memory, a, seed, device, dtype, requests):
-    """Everything for one seed: windows, ranks, searches and measurements."""
-    model, tokenizer, windows, search_windows, held_out = setting(
-        a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, seed)
-    tests = {name: w[:max(1, a.test_tokens // w.shape[1])] for name, w in held_out.items()}
-    started = time.perf_counter()
-    divergence, quick = Divergence(model, search_windows), Divergence(model, search_windows[:max(1, len(search_windows) // 4)])
-    pruner = Pruner(model, windows)
-    calibration = memory(f"{seed} calibration", lambda: time.perf_counter() - started)
-    costs = {"owl": 12, "gp": a.budget // 2, "evopress": a.budget}
-    learned = (a.initial + 4 * a.rounds) * len({"unicuco", "constant"} & set(a.methods))
-    total = sum(costs.get(m, 0) for m in a.methods) * len(requests) + learned
-    with tqdm(total=total, desc=f"seed {seed}, evaluations of f2", disable=None, bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]") as bar:
-        methods = serve(memory, pruner, divergence, quick, outlier_shares(model, windows) if "owl" in a.methods else None, requests,
-                        a.methods, a.budget, a.initial, a.rounds, seed, bar)
-    if a.tasks and seed == 0:
-        memory.write(benchmarks=benchmarks(memory, model, tokenizer, pruner, methods, held_out, a.tasks, a.limit, seed))
-        long = memory.content["benchmarks"]                 # all of the text
-    else:
-        long = long_text(memory, pruner, methods, held_out, seed, LONG) if a.tasks else []
-    with tqdm(total=sum(len(m["strategies"]) for m in methods.values()), desc=f"seed {seed}, unseen text", disable=None) as bar:
-        judged = judge(memory, methods, pruner, tests, seed, bar)
-        if "magnitude" in a.methods:
-            name = METHODS["magnitude"]
-            methods[name] = methods["uniform"]
-            judged |= judge(memory, {name: methods["uniform"]}, Pruner(model, windows, "magnitude"), tests, seed, bar)
-    return {"seed": seed, "calibration": calibration, "tests": {name: w.numel() for name, w in tests.items()}, "judged": judged, "long": long,
-            "methods": {name: {"shared": m["shared"], "evaluations": m["evaluations"], "strategies": {s: x for s, (x, _) in m["strategies"].items()},
-                               "seconds": {s: t for s, (_, t) in m["strategies"].items()}} for name, m in methods.items()}}
+def middle_matrix(pruner):
+    """The last Linear of the middle block, (d_out, d_in), and its ranks."""
+    i = len(pruner.live) // 2
+    return pruner.dense[i][-1], pruner.ranks[i][-1]
 
 
-def extrapolates(served):
-    """Without --full only QUICK is served, and what one request cost is multiplied."""
-    return list(served) == list(QUICK)
+def time_packing(table, pruner):
+    W, ranks = middle_matrix(pruner)
+    mask, values = pack(W.half(), ranks >= W.shape[1] // 2)
+    with one_thread():
+        (decoded,) = race(lambda: unpack(mask, values, W.shape[1]))
+    table.add(
+        "unpack one matrix, 1 thread",
+        "MB of dense output a second",
+        W.half().nbytes / 1e6 / decoded,
+        decoded,
+        "at least 500",
+    )
 
 
-def table(seeds, requests, served, tokens):
-    """Rows of the comparison, over all seeds and test texts; `requests` are asked, of which `served` were measured."""
-    rows, test_names = [], list(seeds[0]["tests"])
-    # when seconds are extrapolated, a search that was disturbed by other work must not be multiplied
-    typical = statistics.median if extrapolates(served) else statistics.mean
-    for method in seeds[0]["judged"]:
-        def each_seed(test):                                # [{request: KL ratio to uniform}]
-            return [{s: j[method][s][test][0] / j["uniform"][s][test][0] for s in j[method]} for j in (seed["judged"] for seed in seeds)]
-
-        def each_request(test):
-            return {s: statistics.geometric_mean(per[s] for per in each_seed(test)) for s in each_seed(test)[0]}
-
-        mean = [[statistics.geometric_mean(per[s] for s in served) for per in each_seed(t)] for t in test_names]
-        per_request = typical(t for seed in seeds for t in seed["methods"][method]["seconds"].values())
-        shared = typical(seed["calibration"] + seed["methods"][method]["shared"] for seed in seeds)
-        fixed, each = (statistics.mean(seed["methods"][method]["evaluations"][i] for seed in seeds) for i in (0, 1))
-        rows.append({
-            "method": method, "evaluations": fixed + each * requests, "tokens": round((fixed + each * requests) * tokens),
-            "seconds": shared + per_request * requests, "seconds_shared": shared, "seconds_per_request": per_request,
-            "extrapolated": extrapolates(served) and method not in SHARED,
-            "ratio": {t: statistics.mean(m) for t, m in zip(test_names, mean)},
-            "spread": {t: statistics.stdev(m) if len(m) > 1 else None for t, m in zip(test_names, mean)}, "each_seed": dict(zip(test_names, mean)),
-            "at": {t: each_request(t) for t in test_names}, "worst": {t: max(r for per in each_seed(t) for r in per.values()) for t in test_names},
-            "perplexity": {t: {s: statistics.mean(seed["judged"][method][s][t][1] for seed in seeds) for s in PERPLEXITIES} for t in test_names}})
-    return rows
+def time_sparse_products(table, pruner):
+    W, ranks = middle_matrix(pruner)
+    x = torch.randn(W.shape[1], 256)
+    for s in (0.5, 0.6, 0.7, 0.8, 0.9):
+        pruned = torch.where(ranks >= s * W.shape[1], W.float(), 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls its CSR support a beta
+            csr = pruned.to_sparse_csr()
+        sparse, plain = race(partial(torch.matmul, csr, x), partial(torch.matmul, pruned, x))
+        table.add(
+            f"torch's CSR product at sparsity {s}, 256 tokens",
+            "dense product / CSR, float32",
+            plain / sparse,
+            sparse,
+            "above 1 is faster",
+        )
 
 
-def compared(ours, theirs):
-    """One sentence: `ours` over `theirs`, rows of the table, paired by seed, geometric mean over the texts; within the seeds' spread a tie."""
-    by_seed = zip(*(np.divide(ours["each_seed"][t], theirs["each_seed"][t]) for t in ours["each_seed"]))
-    ratios = [statistics.geometric_mean(per_text) for per_text in by_seed]
-    mean, verdict = statistics.mean(ratios), "one seed says nothing about its spread"
-    if len(ratios) > 1:
-        spread = statistics.stdev(ratios)
-        verdict = f"± {spread:.3f} over {len(ratios)} seeds: " + ("a tie" if abs(mean - 1) <= spread else "ahead" if mean < 1 else "behind")
-    return f"{ours['method']}'s KL over that of {theirs['method']}: {mean:.3f}, {verdict}."
+# ------------------------------------------------------------------------- the GP against BoTorch
+def known(n, generator, noise):
+    """Strategies (n, 30) and a y (n,) of the usual shape, with noise from another generator."""
+    X = first_design(n, 30, generator)
+    y = (X**1.2 * (5 * X).exp()).sum(1).log()
+    return X, y + 0.1 * torch.randn(n, generator=noise, dtype=torch.float64)
 
 
-def show(rows, seeds, requests, served):
-    print(f"\n{requests} requests from 0.2 to 0.75, {len(seeds)} seed{'s' * (len(seeds) > 1)}. "
-          + (f"{len(served)} sparsities were measured per method; (*) extrapolated: seconds and evaluations per request, times {requests}."
-             if extrapolates(served) else "All were served and measured, and 0.3 to 0.7 beside them."))
-    for test, count in seeds[0]["tests"].items():
-        print(f"\n{test}, {count} tokens that no choice ever saw; KL as a ratio to uniform's at equal counted sparsity, "
-              f"geometric mean over {served[0]:g} to {served[-1]:g}")
-        print(f"{'method':<24} {'evaluations':>11} {'seconds':>10} {'shared':>8} {'each':>8}   KL ratio  ± seeds   worst   perplexity at "
-              + ", ".join(map(str, PERPLEXITIES)))
-        for r in rows:
-            spread = "      -" if r["spread"][test] is None else f"{r['spread'][test]:7.3f}"
-            print(f"{r['method']:<24} {r['evaluations']:>10.0f}{'*' if r['extrapolated'] else ' '} {r['seconds']:>9.1f}{'*' if r['extrapolated'] else ' '} "
-                  f"{r['seconds_shared']:8.1f} {r['seconds_per_request']:8.2f}   {r['ratio'][test]:8.3f}  {spread} {r['worst'][test]:7.3f}   "
-                  + "  ".join(f"{p:8.2f}" for p in r["perplexity"][test].values()))
-        asked = sorted({s for r in rows for s in r["at"][test]})
-        if len(asked) <= len(QUICK) + len(ENDS):
-            print("\nKL ratio to uniform at " + "".join(f"{s:8g}" for s in asked))
-            for r in rows[1:]:
-                print(f"{r['method']:<23}" + "".join(f"{r['at'][test][s]:8.3f}" if s in r["at"][test] else "       -" for s in asked))
-    ours = next((r for r in rows if r["method"] == "UniCuCo"), None)
-    theirs = [r for r in rows if r["method"].startswith("EvoPress")]
-    if not (ours and theirs):
+@torch.inference_mode(False)
+@torch.enable_grad()
+def time_gp(table):
+    """The GP against BoTorch's SingleTaskGP: constant mean, RBF or Matern with a length scale
+    each, standardised y, no priors."""
+    try:
+        import botorch  # noqa: F401
+    except ImportError:
+        print("GP against BoTorch: not measured, pip install botorch")
         return
-    print("\n" + compared(ours, theirs[-1]))
-    print(f"UniCuCo serves {requests} requests {theirs[-1]['seconds'] / ours['seconds']:.0f} times faster than {theirs[-1]['method']} (follows from the budgets).")
-    mean = lambda r: statistics.geometric_mean(r["ratio"].values())
-    equal = next((r for r in theirs if mean(r) <= mean(ours)), None)
-    if equal:
-        print(f"At equal quality, against {equal['method']} (KL ratio {mean(equal):.3f}, UniCuCo {mean(ours):.3f}): {equal['seconds'] / ours['seconds']:.1f} times faster.")
-    else:
-        print(f"At equal quality: no EvoPress budget up to {theirs[-1]['method'].split()[1]} reaches UniCuCo's KL ratio of {mean(ours):.3f} (its best: "
-              f"{min(map(mean, theirs)):.3f}), so more than {theirs[-1]['seconds'] / ours['seconds']:.0f} times faster.")
+    g = torch.Generator().manual_seed(0)
+    X, y = known(216, g, g)
+    X, x, y = X[:200], X[200:], y[:200]
+    gp = GaussianProcess("constant")
+    theirs = BoTorch(X, (y - y.mean()) / y.std())
+    with one_thread():
+        ours, others = race(lambda: gp.fit(X, y, use_priors=False), theirs.fit, repeats=1)
+        likelihood = gp.log_marginal_likelihood(gp.theta)[0]
+        table.add(
+            "fit 200 strategies in 30 dimensions, 1 thread",
+            f"BoTorch / ours; log likelihood {theirs.log_likelihood():.2f} / {likelihood:.2f}",
+            others / ours,
+            ours,
+            "at least 5",
+        )
+        theirs.model.eval()
+        ours, others = race(
+            lambda: ask(gp.posterior, x), lambda: ask(theirs.posterior, x), repeats=200
+        )
+    table.add(
+        "posterior of 16 strategies with gradients",
+        "BoTorch / ours",
+        others / ours,
+        ours,
+        "at least 4",
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+class BoTorch:
+    """SingleTaskGP on X (n, d) and standardised y (n,): the tool one would take otherwise."""
+
+    def __init__(self, X, y):
+        self.X = X
+        self.y = y
+
+    def fit(self):
+        import botorch
+        import gpytorch
+
+        kernel = gpytorch.kernels.MaternKernel(2.5, ard_num_dims=self.X.shape[1])
+        self.model = botorch.models.SingleTaskGP(
+            self.X,
+            self.y[:, None],
+            covar_module=gpytorch.kernels.ScaleKernel(kernel),
+            likelihood=gpytorch.likelihoods.GaussianLikelihood(),
+            outcome_transform=None,
+        )
+        self.mll = gpytorch.mlls.ExactMarginalLogLikelihood(self.model.likelihood, self.model)
+        botorch.fit.fit_gpytorch_mll(self.mll)
+
+    def log_likelihood(self):
+        self.model.train()
+        return float(self.mll(self.model(self.X), self.y).detach()) * len(self.y)
+
+    def posterior(self, x):
+        p = self.model.posterior(x)
+        return p.mean[:, 0], p.variance[:, 0].sqrt()
+
+
+def ask(posterior, x):
+    """The gradients of all means and standard deviations at x (m, d)."""
+    x = x.clone().requires_grad_()
+    mean, std = posterior(x)
+    (mean.sum() + std.sum()).backward()
+
+
+# ---------------------------------------------------------------------------------------- slopes
+def random_llama(width=256, blocks=4):
+    torch.manual_seed(0)
+    heads = width // 64
+    return Llama(Config(4096, width, 3 * width, blocks, heads, heads, 64, 512)).eval()
+
+
+def random_windows(count):
+    return torch.randint(4096, (count, 512), generator=torch.Generator().manual_seed(0))
+
+
+def evaluating(model, tokens=2048):
+    return Divergence(model, random_windows(tokens // 512))
+
+
+def ranking(width):
+    score = torch.rand(width, width)
+    return lambda: rank(score)
+
+
+def serving(requests):
+    pruner = Pruner(random_llama(), random_windows(4))
+    net = StratNet(4)
+
+    def serve():
+        for i in range(requests):
+            pruner.apply(strategy_for(net, 0.2 + 0.5 * i / requests, pruner.sparsity))
+
+    return serve
+
+
+def strategies_and_values(n):
+    return known(n, *(torch.Generator().manual_seed(seed) for seed in (0, 1)))
+
+
+def fitting(n):
+    data = strategies_and_values(n)
+    return lambda: GaussianProcess().fit(*data)
+
+
+def asking(n):
+    gp = GaussianProcess().fit(*strategies_and_values(n))
+    x = strategies_and_values(16)[0]
+    return lambda: gp.solve(x)
+
+
+def grow(cost, over, sizes, work):
+    """Time work(size)() at every size: a row with the slope of log seconds over log size."""
+    seconds = [race(work(size), repeats=3)[0] for size in sizes]
+    logs = (list(map(math.log, values)) for values in (sizes, seconds))
+    slope = statistics.linear_regression(*logs).slope
+    times = ", ".join(f"{n}: {t:.4f}" for n, t in zip(sizes, seconds))
+    print(f"{cost:<44} {over:<14} {slope:6.2f}   {times}", flush=True)
+    return {"cost": cost, "over": over, "sizes": sizes, "seconds": seconds, "slope": slope}
+
+
+@torch.inference_mode()
+def slopes():
+    """How each cost grows: rows of seconds at four sizes, on Llamas with random weights."""
+    print(f"\n{'cost':<44} {'over':<14} {'slope':>6}   seconds at each size")
+    f2 = "one evaluation of f2, "
+    rows = [
+        grow(
+            f2 + "4 blocks of width 256",
+            "tokens",
+            [1024, 2048, 4096, 8192],
+            lambda n: evaluating(random_llama(), n),
+        ),
+        grow(
+            f2 + "width 256",
+            "blocks",
+            [4, 8, 16, 32],
+            lambda n: evaluating(random_llama(blocks=n)),
+        ),
+        grow(
+            f2 + "4 blocks",
+            "width",
+            [128, 256, 512, 1024],
+            lambda n: evaluating(random_llama(n)),
+        ),
+        grow("ranking a square matrix", "width", [512, 1024, 2048, 4096], ranking),
+    ]
+    with one_thread():
+        requests = "serving requests, 4 blocks of width 256"
+        rows.append(grow(requests, "requests", [4, 8, 16, 32], serving))
+        sizes = [50, 100, 200, 400]
+        with torch.enable_grad():
+            rows.append(grow("fitting the GP, 30 blocks", "evaluations", sizes, fitting))
+            posterior = "posterior of 16 strategies with gradients"
+            rows.append(grow(posterior, "evaluations", sizes, asking))
+    return rows
+
+
+# ------------------------------------------------------------------------------------ sequential
+@torch.inference_mode()
+def sequential(setting, texts, sparsities=QUICK):
+    """Uniform strategies by ranks on dense activations, one calibration for all, and by Wanda's
+    block by block: rows of KL and perplexity on `texts`, {name: windows (n, T)}."""
+    references = {name: Divergence(setting.model, windows) for name, windows in texts.items()}
+    pruner = Pruner(setting.model, setting.calibration)
+    strategies = {s: uniform(len(pruner.live), s) for s in sparsities}
+    default = {}
+    for s, strategy in strategies.items():
+        pruner.apply(strategy)
+        default[s] = {name: divergence.measure() for name, divergence in references.items()}
+    rows = []
+    print(f"{'text':<24} sparsity   KL: default  sequential   perplexity: default  sequential")
+    for s, strategy in strategies.items():
+        pruner.apply_sequential(strategy, setting.calibration)  # the ranks are now those of s
+        for name, divergence in references.items():
+            values = (*default[s][name], *divergence.measure())
+            keys = ("kl", "ppl", "sequential_kl", "sequential_ppl")
+            head = {"text": name, "tokens": divergence.windows.numel(), "sparsity": s}
+            rows.append(head | dict(zip(keys, values)))
+            show_sequential(rows[-1])
+    pruner.restore()
+    return rows
+
+
+def show_sequential(r):
+    print(
+        f"{r['text']:<24} {r['sparsity']:8.2f}   {r['kl']:11.4f}  {r['sequential_kl']:10.4f}"
+        f"   {r['ppl']:19.3f}  {r['sequential_ppl']:10.3f}",
+        flush=True,
+    )
+
+
+# ---------------------------------------------------------------------------------- command line
+def arguments():
+    parser = Parser(__doc__, ["python bench.py", "python bench.py --sequential --model DIR"])
+    number = {"type": int, "metavar": "N"}
+    add_model(parser)
+    add_texts(parser)
+    parser.add_argument("--slopes", action="store_true", help="measure how each cost grows, too")
+    parser.add_argument(
+        "--sequential", action="store_true", help="compare Wanda's block by block instead"
+    )
+    parser.add_argument(
+        "--test-tokens", **number, default=8192, help="tokens of each text of --sequential"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
+    args = parser.parse_args()
+    at_least(args, 1, "tokens", "calibration", "test_tokens")
+    args.out = args.out or Path("out") / args.model.resolve().name
+    return args
+
+
 def main():
-    p = Parser(__doc__, ["python bench.py", "python bench.py --full", "python bench.py --stages", "python bench.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 --seeds 3"])
-    add_model(p)
-    p.add_argument("--data", type=Path, metavar="FILE", help="text for calibration and search (default: the embedded default text)")
-    p.add_argument("--test", type=Path, nargs="+", metavar="FILE", help="unseen texts (default: held-out part of --data)")
-    p.add_argument("--requests", type=int, default=64, metavar="N", help="how many are asked (64)")
-    p.add_argument("--budget", type=int, default=20, metavar="N", help="evaluations that EvoPress may spend on each request (20)")
-    p.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (1)")
-    p.add_argument("--full", action="store_true", help="serve and measure every request with every method")
-    p.add_argument("--stages", action="store_true", help="time every stage against its floor instead")
-    p.add_argument("--sequential", action="store_true", help="compare Wanda's block-by-block calibration with the default instead")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=["owl", "unicuco", "gp", "evopress"], metavar="NAME",
-                   help=f"beside uniform: {' '.join(METHODS)} (owl unicuco gp evopress)")
-    p.add_argument("--initial", type=int, default=48, metavar="N", help="strategies that UniCuCo measures first (48)")
-    p.add_argument("--rounds", type=int, default=14, metavar="N", help="its rounds of 4 more (14)")
-    p.add_argument("--resume", action="store_true", help="go on where a comparison with the same inputs was stopped")
-    p.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of one evaluation of f2 (2048)")
-    p.add_argument("--calibration", type=int, default=32, metavar="N", help="calibration windows (32)")
-    p.add_argument("--test-tokens", type=int, default=8192, metavar="N", help="tokens of each unseen text (8192)")
-    p.add_argument("--tasks", type=Path, metavar="DIR",
-                   help="also, at 0.5 and 0.6: zero-shot tasks (see eval.py) and all of the first test text, seed 0; 65536 tokens of it, other seeds")
-    p.add_argument("--limit", type=int, default=500, metavar="N", help="documents of each task (500)")
-    p.add_argument("--seqlen", type=int, metavar="N", help="window (default: the model's positions, at most 512)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
-    a = p.parse_args()
-    if min(a.requests, a.seeds, a.tokens, a.calibration, a.test_tokens, a.initial, a.rounds) < 1 or a.budget < 8:
-        raise ValueError("counts must be at least 1, --budget at least 8")
-    device, dtype, reason = choose_device(a.device, a.dtype)
-    name, started = a.model.resolve().name, time.perf_counter()
-    out = a.out or Path("out") / name
-    served = sorted({*QUICK, *(round(0.2 + 0.55 * i / max(a.requests - 1, 1), 4) for i in range(a.requests))}) if a.full else list(QUICK)
-    inputs = {"model": name, "weights": [sha256(f) for f in weight_files(a.model)], "data": a.data.name if a.data else "stdlib",
-              "sha256": sha256(a.data) if a.data else None, "tests": {t.name: sha256(t) for t in a.test or []},
-              "served": served, "budget": a.budget, "seqlen": a.seqlen, "tokens": a.tokens,
-              "calibration": a.calibration, "device": str(device), "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
-    print(f"{name} on {device}, {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads")
-    if a.stages or a.sequential:
-        model, _, windows, search_windows, held_out = setting(a.model, a.data, a.test, device, dtype, a.seqlen, a.calibration, a.tokens, 0)
-    if a.sequential:
-        rows = sequential(model, windows, {name: w[:max(1, a.test_tokens // w.shape[1])] for name, w in held_out.items()}, QUICK)
-        write_json(out / "sequential.json", {"inputs": inputs, "rows": rows})
-        return print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'sequential.json'}")
-    if a.stages:
-        rows = stages(model, windows, search_windows)
-        write_json(out / "stages.json", {"inputs": inputs, "rows": rows, "slopes": slopes()})
-        return print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'stages.json'}")
-    seeds, memory = [], Memory(out / "bench.json", inputs, a.resume)
-    for seed in range(a.seeds):
-        seeds.append(one_seed(memory, a, seed, device, dtype, served))
-        rows = table(seeds, a.requests, served, a.tokens)
-        memory.write(requests=a.requests, table=rows, tests=seeds[0]["tests"])
-    show(rows, seeds, a.requests, served)
-    if a.tasks:
-        memory.write(long=over_seeds([seed["long"] for seed in seeds]))
-        show_benchmarks(memory.content["benchmarks"])
-        show_long(memory.content["long"])
-    print(f"{time.perf_counter() - started:.0f} s; wrote {out / 'bench.json'}")
+    args = arguments()
+    started = time.perf_counter()
+    device, dtype, reason = choose_device(args.device, args.dtype)
+    args.dtype = str(dtype)[6:]
+    inputs = sources(args) | {
+        "tests": {path.name: sha256(path) for path in args.test or []},
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    threads = inputs["threads"]
+    print(f"{inputs['model']} on {device}, {args.dtype} ({reason}), {threads} threads")
+    setting = prepare(args, device, dtype, args.tokens)
+    if args.sequential:
+        path = args.out / "sequential.json"
+        results = {"rows": sequential(setting, first_tokens(setting.held_out, args.test_tokens))}
+    else:
+        path = args.out / "stages.json"
+        results = {"rows": stages(setting), "slopes": slopes() if args.slopes else []}
+    write_json(path, {"inputs": inputs, **results})
+    print(f"{time.perf_counter() - started:.0f} s; wrote {path}")
 
 
 if __name__ == "__main__":
-    run(main, ": what was found is kept, the same command with --resume goes on")
+    run(main)

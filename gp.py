@@ -1,40 +1,58 @@
 """
-Exact Gaussian-process regression: a differentiable stand-in for "prune the model, then measure the damage".
+Exact Gaussian-process regression: a differentiable stand-in for "prune the model, then measure the
+damage".
 
-Source    UniCuCo (arXiv 2505.12216) learns the divergence f2 this way; algebra as in Rasmussen & Williams 2006, Algorithm 2.1
-          and eq. 5.9. The prior mean `blocks` is this project's own.
-Reading   3 of 6. Before: eval.py. Next: unicuco.py. Imports nothing from this folder.
-Shapes    n strategies already measured, m strategies asked about, d blocks. All tensors float64, on the CPU.
+Source    UniCuCo (arXiv 2505.12216) learns the divergence f2 this way; algebra as in Rasmussen &
+          Williams 2006, Algorithm 2.1 and eq. 5.9. The prior mean `blocks` is this project's own.
+Reading   1 of 8. Next: unicuco.py. Imports nothing from this folder.
+Shapes    n strategies already measured, m strategies asked about, d blocks. All tensors float64, on
+          the CPU.
 Not here  sparse or multi-output GPs: n stays in the hundreds, so one Cholesky factor is enough.
 
-The model  y = log f2 (nats);  y(x) = mean(x) + g(x) + noise,  g ~ GP(0, s^2 phi(r)),  r^2 = sum_i (x_i - x'_i)^2 / l_i^2
-           theta = (log l_1, ..., log l_d, log s^2, log noise variance)
+The model  y = log f2 (nats);  y(x) = mean(x) + g(x) + noise,  g ~ GP(0, s^2 phi(r)),
+           r^2 = sum_i (x_i - x'_i)^2 / l_i^2,   theta = (log l_1, ..., log l_d, log s^2, log noise
+           variance)
 
 Every gradient is written out. Both kernels satisfy  d phi / d r = -r psi(r)  with
            RBF         phi = exp(-r^2 / 2)                            psi = exp(-r^2 / 2)
-           Matern-5/2  phi = (1 + sqrt5 r + 5 r^2 / 3) exp(-sqrt5 r)  psi = 5/3 (1 + sqrt5 r) exp(-sqrt5 r)
+           Matern-5/2  phi = (1 + sqrt5 r + 5 r^2 / 3) exp(-sqrt5 r)  psi = 5/3 (1 + sqrt5 r)
+           exp(-sqrt5 r)
 so that nothing below divides by r:
-           d k / d log l_i = s^2 psi (x_i - x'_i)^2 / l_i^2           d k / d x_i = -s^2 psi (x_i - x'_i) / l_i^2
+           d k / d log l_i = s^2 psi (x_i - x'_i)^2 / l_i^2           d k / d x_i = -s^2 psi (x_i -
+           x'_i) / l_i^2
 """
+
 import math
 
 import torch
 
-JITTER = 1e-10                     # times the signal variance; first rung of the ladder when a Cholesky factorisation fails
-SHIFT = 1e-3                       # x_i + SHIFT under the logarithm of the mean: smooth down to x_i = 0
-VARIANCE_FLOOR = 1e-12             # of the posterior variance, times the signal variance; there the gradient of std is 0
+JITTER = (
+    1e-10  # times the mean diagonal; first rung of the ladder when a Cholesky factorisation fails
+)
+SHIFT = 1e-3  # x_i + SHIFT under the logarithm of the mean: smooth down to x_i = 0
+VARIANCE_FLOOR = (
+    1e-12  # of the posterior variance, times the signal variance; there the gradient of std is 0
+)
 
 
 def minimise(f, start, steps=200):
-    """L-BFGS with a strong Wolfe line search from `start` (p,); f(parameters) -> value, gradient. Returns the best parameters."""
+    """L-BFGS with a strong Wolfe line search from `start` (p,); f(parameters) -> value, gradient.
+    Returns the best parameters.
+    """
     x = start.clone().requires_grad_()
     best = [math.inf, start.clone()]
-    optimizer = torch.optim.LBFGS([x], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-10, history_size=20,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [x],
+        max_iter=steps,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         value, gradient = f(x.detach())
-        if not math.isfinite(value):                       # outside what float64 can factor: turn the line search back
+        if not math.isfinite(value):  # outside what float64 can factor: turn the line search back
             value, gradient = 1e10, torch.zeros_like(gradient)
         elif value < best[0]:
             best[:] = value, x.detach().clone()
@@ -45,9 +63,14 @@ def minimise(f, start, steps=200):
     return best[1]
 
 
+# ---------------------------------------------------------------------------------- prior means
 class ConstantMean:
     """mean(x) = average of y; y is standardised for the kernel. The plain form of the method."""
-    log_signal, log_noise = 0.0, math.log(1e-2)            # where their priors stand, in units of the standardised y
+
+    log_signal, log_noise = (
+        0.0,
+        math.log(1e-2),
+    )  # where their priors stand, in units of the standardised y
 
     def fit(self, X, y):
         self.value = y.mean()
@@ -63,39 +86,61 @@ class ConstantMean:
 
 
 class BlocksMean:
-    """The KL of a pruned model is nearly the sum of its blocks' KLs, and each grows like x^a exp(b_i x):
+    """The KL of a pruned model is nearly the sum of its blocks' KLs, and each grows like x^a
+    exp(b_i x):
 
         mean(x) = log sum_i exp(c_i + a log(x_i + SHIFT) + b_i x_i) + c_0
-        d mean / d c_i = w_i,  w = softmax_i(...)           d mean / d a = sum_i w_i log(x_i + SHIFT)
+        d mean / d c_i = w_i,  w = softmax_i(...)           d mean / d a = sum_i w_i log(x_i +
+        SHIFT)
         d mean / d x_i = w_i (a / (x_i + SHIFT) + b_i)      d mean / d b_i = w_i x_i
 
-    Fitted to the raw y by maximum a posteriori: c_i ~ N(0, 1), b_i ~ N(b, 0.5^2), b ~ N(5, 2^2), c_0 flat, residual variance
-    0.02, a ~ N(1, 0.5^2) with a = 0.3 + softplus(.) > 0.3. Unlike a constant, it knows that nothing is cheap near x_i = 0.9.
+    Fitted to the raw y by maximum a posteriori: c_i ~ N(0, 1), b_i ~ N(b, 0.5^2), b ~ N(5, 2^2),
+    c_0 flat, residual variance
+    0.02, a ~ N(1, 0.5^2) with a = 0.3 + softplus(alpha) > 0.3. Unlike a constant, it knows that
+    nothing is cheap near x_i = 0.9.
     """
+
     log_signal, log_noise = math.log(0.02), math.log(1e-3)  # where their priors stand, in nats^2
     scale = 1.0
 
     def fit(self, X, y):
-        d = X.shape[1]
-        log_x = (X + SHIFT).log()
-
-        def loss(p):
-            (c, b), (common, alpha, c0) = p[:2 * d].view(2, d), p[2 * d:]
-            a = 0.3 + torch.nn.functional.softplus(alpha)
-            terms = c + a * log_x + b * X
-            w, error = terms.softmax(1), terms.logsumexp(1) + c0 - y
-            value = ((error ** 2).sum() / 0.02 + (c ** 2).sum() + (a - 1) ** 2 / 0.25 + ((b - common) ** 2).sum() / 0.25 + (common - 5) ** 2 / 4) / 2
-            e = error / 0.02
-            grad_a = (e * (w * log_x).sum(1)).sum() + (a - 1) / 0.25
-            grad_common = (common - b).sum() / 0.25 + (common - 5) / 4
-            return float(value), torch.cat([w.T @ e + c, (w * X).T @ e + (b - common) / 0.25,
-                                            torch.stack([grad_common, grad_a * alpha.sigmoid(), e.sum()])])
-
-        start = torch.cat([torch.zeros(d), torch.full((d + 1,), 5.0), torch.zeros(2)]).double()
-        start[-2], start[-1] = math.log(math.expm1(0.7)), (y - (log_x + 5 * X).logsumexp(1)).mean()
-        p = minimise(loss, start, 500)
-        (self.c, self.b), self.a, self.c0 = p[:2 * d].view(2, d), 0.3 + torch.nn.functional.softplus(p[-2]), p[-1]
+        p = minimise(lambda p: self.loss(p, X, y), self.start(X, y), 500)
+        self.c, self.b, _, self.a, self.c0 = self.unpack(p)
         return self
+
+    def start(self, X, y):
+        d = X.shape[1]
+        zeros, fives = torch.zeros(d), torch.full((d + 1,), 5.0)
+        p = torch.cat([zeros, fives, torch.zeros(2)]).double()
+        p[-2] = math.log(math.expm1(0.7))  # a = 1
+        p[-1] = (y - ((X + SHIFT).log() + 5 * X).logsumexp(1)).mean()
+        return p
+
+    def unpack(self, p):
+        """p = (c (d,), b (d,), common b, alpha, c_0) -> c, b, common, a, c_0."""
+        c, b = p[:-3].view(2, -1)
+        return c, b, p[-3], 0.3 + torch.nn.functional.softplus(p[-2]), p[-1]
+
+    def loss(self, p, X, y):
+        """Negative log posterior of the parameters p, and its gradient."""
+        c, b, common, a, c0 = self.unpack(p)
+        log_x = (X + SHIFT).log()
+        terms = c + a * log_x + b * X
+        w = terms.softmax(1)
+        error = terms.logsumexp(1) + c0 - y
+        squares = (
+            (error**2).sum() / 0.02
+            + (c**2).sum()
+            + (a - 1) ** 2 / 0.25
+            + ((b - common) ** 2).sum() / 0.25
+            + (common - 5) ** 2 / 4
+        )
+        e = error / 0.02
+        grad_a = (e * (w * log_x).sum(1)).sum() + (a - 1) / 0.25
+        grad_common = (common - b).sum() / 0.25 + (common - 5) / 4
+        rest = torch.stack([grad_common, grad_a * p[-2].sigmoid(), e.sum()])
+        gradient = torch.cat([w.T @ e + c, (w * X).T @ e + (b - common) / 0.25, rest])
+        return float(squares / 2), gradient
 
     def terms(self, x):
         return self.c + self.a * (x + SHIFT).log() + self.b * x
@@ -107,136 +152,177 @@ class BlocksMean:
         return self.terms(x).softmax(1) * (self.a / (x + SHIFT) + self.b)
 
 
+MEANS = {"blocks": BlocksMean, "constant": ConstantMean}
+
+
+# ---------------------------------------------------------------------------- Gaussian process
 class GaussianProcess:
     """Exact GP over strategies x in [0, 1]^d for y = log f2 in nats.
 
     mean      "blocks" or "constant";  kernel: "matern52" or "rbf", one length scale per block
-    Priors    log l_i ~ N(log sqrt d, 1), log s^2 ~ N(log 0.02, 1), log noise ~ N(log 0.001, 1.5^2) (1 and 0.01 for the
-              standardised y of the constant mean); hyperparameters are their maximum a posteriori by L-BFGS
+    Priors    log l_i ~ N(log sqrt d, 1), log s^2 ~ N(log 0.02, 1), log noise ~ N(log 0.001, 1.5^2)
+              (1 and 0.01 for the standardised y of the constant mean); hyperparameters are their
+              maximum a posteriori by L-BFGS
     """
 
     def __init__(self, mean="blocks", kernel="matern52"):
-        if mean not in ("blocks", "constant") or kernel not in ("matern52", "rbf"):
+        if mean not in MEANS or kernel not in ("matern52", "rbf"):
             raise ValueError(f"no GP with mean {mean!r} and kernel {kernel!r}")
-        self.mean, self.kernel = BlocksMean() if mean == "blocks" else ConstantMean(), kernel
+        self.mean, self.kernel = MEANS[mean](), kernel
 
     def fit(self, X, y, use_priors=True):
-        """X (n, d) strategies, y (n,) nats. ValueError unless all are finite and n >= 1. Returns self."""
-        X, y = torch.as_tensor(X, dtype=torch.float64), torch.as_tensor(y, dtype=torch.float64)
-        if X.ndim != 2 or y.shape != X.shape[:1] or len(y) == 0 or not (X.isfinite().all() and y.isfinite().all()):
-            raise ValueError(f"a GP needs finite strategies (n, d) and values (n,), not {tuple(X.shape)} and {tuple(y.shape)}")
+        """X (n, d) strategies, y (n,) nats. ValueError unless all are finite and n >= 1. Returns
+        self.
+        """
+        X = torch.as_tensor(X, dtype=torch.float64)
+        y = torch.as_tensor(y, dtype=torch.float64)
+        shaped = X.ndim == 2 and y.shape == X.shape[:1] and len(y) > 0
+        if not (shaped and X.isfinite().all() and y.isfinite().all()):
+            raise ValueError(
+                f"a GP needs finite strategies (n, d) and values (n,), not {tuple(X.shape)} and"
+                f" {tuple(y.shape)}"
+            )
         self.X, self.y = X, y
         self.mean.fit(X, y)
         self.residual = (y - self.mean(X)) / self.mean.scale
-        self.squares = X ** 2
-        d = X.shape[1]
-        centre = torch.tensor([0.5 * math.log(d)] * d + [self.mean.log_signal, self.mean.log_noise], dtype=torch.float64)
-        width = torch.tensor([1.0] * d + [1.0, 1.5], dtype=torch.float64)
+        centre, width = self.prior(X.shape[1])
 
         def loss(theta):
             value, gradient = self.log_marginal_likelihood(theta)
             if use_priors:
-                deviation = (theta - centre) / width
-                value, gradient = value - float(deviation @ deviation) / 2, gradient - deviation / width
+                z = (theta - centre) / width
+                value, gradient = value - float(z @ z) / 2, gradient - z / width
             return -value, -gradient
 
         self.theta = minimise(loss, centre)
-        # what every later question needs: 1 / l_i; [X / l, 1]; scale s; scale s^2 alpha; and s^2 K^-1, formed once, so that each of
-        # thousands of questions is products alone: within 1e-10 s^2 of two triangular solves at a condition of 6e6
-        self.rates, signal = (-self.theta[:-2]).exp(), float(self.theta[-2].exp())
-        chol = self.factor(self.covariance(self.theta)[0])
-        self.scaled = torch.cat([X * self.rates, torch.ones(len(X), 1, dtype=X.dtype)], 1)
-        self.precision = signal * torch.cholesky_inverse(chol)
-        self.scaled_squares, self.deviation = (self.scaled[:, :-1] ** 2).sum(1), self.mean.scale * signal ** 0.5
-        self.weights = self.mean.scale * signal * torch.cholesky_solve(self.residual[:, None], chol)[:, 0]
+        self.condition()
         return self
 
-    def correlation(self, a, b, squares=None):
-        """phi and psi, (n, m) each, of the rows of a (n, d) and b (m, d), both over the length scales; `squares`: those of b, if known."""
-        squares = (b * b).sum(1) if squares is None else squares
-        r2 = torch.addmm(squares, a, b.T, alpha=-2).add_((a * a).sum(1, keepdim=True)).clamp_(min=0)
+    def prior(self, d):
+        """Centre and width (d + 2,) of the normal priors of theta."""
+        log_length = 0.5 * math.log(d)
+        centre = [log_length] * d + [self.mean.log_signal, self.mean.log_noise]
+        width = [1.0] * d + [1.0, 1.5]
+        return torch.tensor(centre, dtype=torch.float64), torch.tensor(width, dtype=torch.float64)
+
+    def condition(self):
+        """alpha = K^-1 residual and K^-1 itself, formed once: each of thousands of questions is
+        then products alone.
+
+        Within 1e-10 s^2 of two triangular solves at a condition number of 6e6.
+        """
+        self.lengths, self.signal = self.theta[:-2].exp(), float(self.theta[-2].exp())
+        chol = self.factor(self.covariance(self.theta)[0])
+        self.alpha = torch.cholesky_solve(self.residual[:, None], chol)[:, 0]
+        self.K_inv = torch.cholesky_inverse(chol)
+
+    def correlation(self, a, b):
+        """phi and psi, (n, m) each, of the rows of a (n, d) and b (m, d), both over the length
+        scales.
+        """
+        r2 = torch.addmm((b * b).sum(1), a, b.T, alpha=-2)
+        r2 = r2.add_((a * a).sum(1, keepdim=True)).clamp_(min=0)
         if self.kernel == "rbf":
             phi = r2.mul_(-0.5).exp_()
             return phi, phi
         root = r2.mul_(5).sqrt()
         decay = root.neg().exp_()
-        psi = root.add_(1).mul_(decay)                      # (1 + sqrt5 r) exp(-sqrt5 r)
+        psi = root.add_(1).mul_(decay)  # (1 + sqrt5 r) exp(-sqrt5 r)
         return torch.addcmul(psi, r2, decay, value=1 / 3), psi.mul_(5 / 3)
 
     def covariance(self, theta):
         """K = s^2 phi + noise I, and s^2 psi, (n, n) each."""
-        signal, noise, scaled = theta[-2].exp(), theta[-1].exp(), self.X / theta[:-2].exp()
+        signal, noise = theta[-2].exp(), theta[-1].exp()
+        scaled = self.X / theta[:-2].exp()
         phi, psi = self.correlation(scaled, scaled)
-        phi.fill_diagonal_(1.0)                             # exactly, whatever the rounding of r^2
+        phi.fill_diagonal_(1.0)  # exactly, whatever the rounding of r^2
         K = signal * phi
         K.diagonal().add_(noise)
         return K, signal * psi
 
     def factor(self, K):
-        """Lower Cholesky factor of K, with the least jitter 10^k JITTER that makes it positive definite in float64; None if none does."""
+        """Lower Cholesky factor of K, with the least jitter 10^k JITTER that makes it positive
+        definite in float64; None if none does.
+        """
         size = float(K.diagonal().mean())
-        for jitter in (0.0, *(JITTER * 10 ** k * size for k in range(8))):
-            chol, failed = torch.linalg.cholesky_ex(K + jitter * torch.eye(len(K), dtype=K.dtype) if jitter else K)
+        for jitter in (0.0, *(JITTER * 10**k * size for k in range(8))):
+            shifted = K + jitter * torch.eye(len(K), dtype=K.dtype) if jitter else K
+            chol, failed = torch.linalg.cholesky_ex(shifted)
             if not failed and chol.isfinite().all():
                 return chol
+        return None
 
     def log_marginal_likelihood(self, theta):
-        """Value in nats and gradient (d + 2,) of log p(residual | theta), residual = (y - mean) / scale:
+        """Value in nats and gradient (d + 2,) of log p(residual | theta), residual = (y - mean) /
+        scale:
 
             L = -1/2 residual^T alpha - sum_a log chol_aa - n/2 log 2 pi,      alpha = K^-1 residual
-            d L / d theta_j = 1/2 tr((alpha alpha^T - K^-1) d K / d theta_j)                            (R & W eq. 5.9)
+            d L / d theta_j = 1/2 tr((alpha alpha^T - K^-1) d K / d theta_j)
+            (R & W eq. 5.9)
 
-        With M = (alpha alpha^T - K^-1) * s^2 psi, elementwise, the trace for log l_i is a sum over pairs of strategies,
+        With M = (alpha alpha^T - K^-1) * s^2 psi, elementwise, the trace for log l_i is a sum over
+        pairs of strategies,
             1/2 sum_ab M_ab (X_ai - X_bi)^2 / l_i^2 = (sum_a (M 1)_a X_ai^2 - (X^T M X)_ii) / l_i^2.
         """
         theta = torch.as_tensor(theta, dtype=torch.float64)
         K, slope = self.covariance(theta)
         chol = self.factor(K)
-        if chol is None:                                    # float64 cannot tell: no such hyperparameters
+        if chol is None:  # float64 cannot tell: no such hyperparameters
             return -math.inf, torch.zeros_like(theta)
         alpha = torch.cholesky_solve(self.residual[:, None], chol)
-        value = -0.5 * (self.residual @ alpha[:, 0]) - chol.diagonal().log().sum() - len(self.y) / 2 * math.log(2 * math.pi)
+        fit, complexity = -0.5 * (self.residual @ alpha[:, 0]), chol.diagonal().log().sum()
+        value = fit - complexity - len(self.y) / 2 * math.log(2 * math.pi)
         G = alpha @ alpha.T - torch.cholesky_inverse(chol)  # the trace needs every entry of K^-1
         M = G * slope
-        lengths = (M.sum(1) @ self.squares - ((M @ self.X) * self.X).sum(0)) * (-2 * theta[:-2]).exp()
-        noise = theta[-1].exp()
-        trace = G.diagonal().sum()
+        pairs = M.sum(1) @ self.X**2 - ((M @ self.X) * self.X).sum(0)
+        lengths = pairs * (-2 * theta[:-2]).exp()
+        noise, trace = theta[-1].exp(), G.diagonal().sum()
         signal = 0.5 * ((G * K).sum() - noise * trace)
         return float(value), torch.cat([lengths, torch.stack([signal, 0.5 * noise * trace])])
 
-    def posterior_gradient(self, x):
-        """d mean / d x and d std / d x, (m, d) each, of strategies x (m, d); see `solve`."""
-        return self.solve(x)[2:]
-
     def posterior(self, x):
-        """Mean and std, (m,) each, in nats of log f2, of the latent function (no noise) at strategies x (m, d).
+        """Mean and std, (m,) each, in nats of log f2, of the latent function (no noise) at
+        strategies x (m, d).
 
         Differentiable in x: autograd is handed the closed form.
         """
         return Posterior.apply(x, self)
 
+    def posterior_gradient(self, x):
+        """d mean / d x and d std / d x, (m, d) each, of strategies x (m, d); see `solve`."""
+        return self.solve(x)[2:]
+
     def solve(self, x):
         """Mean, std (m,) and their gradients (m, d). With k = s^2 phi(x, X) and u = K^-1 k:
 
-            mean = mean(x) + k^T alpha        d mean / d x_i = d mean(x) / d x_i + sum_a alpha_a d k_a / d x_i
-            var  = s^2 - k^T u                d std / d x_i  = -1 / std sum_a u_a d k_a / d x_i
-            sum_a v_a d k_a / d x_i = s^2 (sum_a q_a X_ai - x_i sum_a q_a) / l_i^2,     q_a = v_a psi_a
-        Both sums over a come from one product, (q [X, 1]); s^2 is pulled out of K, k and var.
+        mean = mean(x) + k^T alpha        d mean / d x_i = d mean(x) / d x_i + sum_a alpha_a d k_a /
+        d x_i
+        var  = s^2 - k^T u                d std / d x_i  = -1 / std sum_a u_a d k_a / d x_i
         """
         x = x.detach().to(torch.float64)
-        m, scaled = len(x), x * self.rates
-        phi, psi = self.correlation(scaled, self.scaled[:, :-1], self.scaled_squares)
-        u = phi @ self.precision
-        left = 1 - (phi * u).sum(1)                         # the share of the prior variance that the data leave
-        std = left.clamp(min=VARIANCE_FLOOR).sqrt_().mul_(self.deviation)
-        q = (torch.stack([self.weights.expand_as(u), u]) * psi).view(2 * m, -1) @ self.scaled
-        slopes = torch.addcmul(q[:, :-1].view(2, m, -1), scaled, q[:, -1:].view(2, m, 1), value=-1).mul_(self.rates)
-        down = torch.where(left > VARIANCE_FLOOR, -self.deviation ** 2 / std, 0)
-        return torch.addmv(self.mean(x), phi, self.weights), std, self.mean.gradient(x) + slopes[0], slopes[1] * down[:, None]
+        scale = self.mean.scale
+        phi, psi = self.correlation(x / self.lengths, self.X / self.lengths)
+        k = self.signal * phi
+        u = k @ self.K_inv
+        variance = self.signal - (k * u).sum(1)
+        floor = VARIANCE_FLOOR * self.signal
+        std = variance.clamp(min=floor).sqrt()
+        dmean = self.mean.gradient(x) + scale * self.slopes(x, self.alpha * psi)
+        falls = torch.where(variance > floor, -1 / std, 0)
+        dstd = falls[:, None] * self.slopes(x, u * psi)
+        return self.mean(x) + scale * (k @ self.alpha), scale * std, dmean, scale * dstd
+
+    def slopes(self, x, q):
+        """sum_a v_a d k_a / d x_i = s^2 (sum_a q_a X_ai - x_i sum_a q_a) / l_i^2 with q_a = v_a
+        psi_a: (m, d).
+        """
+        return self.signal * (q @ self.X - x * q.sum(1, keepdim=True)) / self.lengths**2
 
 
 class Posterior(torch.autograd.Function):
-    """x (m, d) -> mean, std (m,); the backward pass multiplies by the closed-form gradients, saved in the forward pass."""
+    """x (m, d) -> mean, std (m,); the backward pass multiplies by the closed-form gradients, saved
+    in the forward pass.
+    """
 
     @staticmethod
     def forward(ctx, x, gp):
@@ -248,4 +334,4 @@ class Posterior(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_mean, grad_std):
         dmean, dstd = ctx.saved_tensors
-        return torch.addcmul(grad_mean[:, None] * dmean, grad_std[:, None], dstd).to(ctx.dtype), None
+        return (grad_mean[:, None] * dmean + grad_std[:, None] * dstd).to(ctx.dtype), None

@@ -1,11 +1,16 @@
 """
-Disks that are full and folders that cannot be written: one line on stderr, exit code 2, and nothing half written.
+Disks that are full and folders that cannot be written: one line on stderr, exit code 2, and nothing
+half written.
 
-What      prune.py (plain, packed, --force over an old folder, --json) and train.py, where there is room for a part of the output only:
-          on a tmpfs of a few sizes where mounting is allowed, and everywhere with a limit on the size of a file (RLIMIT_FSIZE);
-          then into a folder below a file, and, unless run by root, into one without the right to write.
+What      prune.py (plain, packed, --force over an old folder, --json) and train.py, where there is
+          room for a part of the output only:
+          on a tmpfs of a few sizes where mounting is allowed, and everywhere with a limit on the
+          size of a file (RLIMIT_FSIZE);
+          then into a folder below a file, and, unless run by root, into one without the right to
+          write.
 Run       python -m checks.full_disk                 (57 runs, 20 s of processor time)
 """
+
 import argparse
 import contextlib
 import json
@@ -28,7 +33,12 @@ from checks.kills import commands, contents, outcome, script
 def small_disk(place, size):
     """A file system of `size` bytes at `place`; yields False where mounting is not allowed."""
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True).returncode == 0
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True
+        ).returncode
+        == 0
+    )
     try:
         yield mounted
     finally:
@@ -44,7 +54,13 @@ def limit(size):
 def refused(main, words, before=lambda: None):
     """Whether the script ended with exit code 2 and one line; it may succeed too."""
     code, said, *_ = script(main, words, before)
-    assert code == 0 and not said or code == 2 and len(said.splitlines()) == 1 and "Traceback" not in said, (code, words, said)
+    assert (
+        code == 0
+        and not said
+        or code == 2
+        and len(said.splitlines()) == 1
+        and "Traceback" not in said
+    ), (code, words, said)
     return code == 2
 
 
@@ -57,15 +73,27 @@ def check_prune(root, place, prune_line, before=lambda: None):
             if over:
                 try:
                     shutil.copytree(root / "old", out)
-                except shutil.Error:                        # not even the old folder fits
+                except shutil.Error:  # not even the old folder fits
                     shutil.rmtree(place / "out")
                     continue
             old, runs = contents(out), runs + 1
-            failed = refused(prune.main, [*prune_line, *more, "--sparsity", 0.6, "--out", out, "--json", table], before)
+            failed = refused(
+                prune.main,
+                [*prune_line, *more, "--sparsity", 0.6, "--out", out, "--json", table],
+                before,
+            )
             left = contents(out)
-            assert left == old and failed or len(left) == 5 and left != old and table.exists() != failed, (more, over, failed, left.keys())
+            assert (
+                left == old
+                and failed
+                or len(left) == 5
+                and left != old
+                and table.exists() != failed
+            ), (more, over, failed, left.keys())
             assert not table.exists() or json.loads(table.read_text())
-            assert {p.name for p in place.rglob("*")} <= {"out", "pruned", "table.json", *left}, list(place.rglob("*"))
+            assert {p.name for p in place.rglob("*")} <= {"out", "pruned", "table.json", *left}, (
+                list(place.rglob("*"))
+            )
             stopped += failed
             shutil.rmtree(place / "out", ignore_errors=True)
             table.unlink(missing_ok=True)
@@ -87,7 +115,7 @@ def main():
     p.add_argument("--quick", action="store_true", help="prune.py alone, with two sizes")
     a = p.parse_args()
     started, runs, stopped = time.perf_counter(), 0, 0
-    torch.set_num_threads(1)                                # a fork has no other threads
+    torch.set_num_threads(1)  # a fork has no other threads
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         prune_line, train_line = commands(root)
@@ -124,7 +152,10 @@ def main():
             assert refused(prune.main, [*prune_line, "--sparsity", 0.5, "--out", out])
             assert refused(train.main, [*train_line, "--out", out])
             runs, stopped = runs + 2, stopped + 2
-    print(f"{runs} runs in {time.perf_counter() - started:.0f} s, {stopped} refused in one line, nothing half written")
+    print(
+        f"{runs} runs in {time.perf_counter() - started:.0f} s, {stopped} refused in one line,"
+        " nothing half written"
+    )
 
 
 if __name__ == "__main__":

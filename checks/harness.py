@@ -1,15 +1,22 @@
 """
-Zero-shot scores document by document: eval.py beside EleutherAI's lm-evaluation-harness 0.4.13, both in float32 on the CPU.
+Zero-shot scores document by document: eval.py beside EleutherAI's lm-evaluation-harness 0.4.13,
+both in float32 on the CPU.
 
-Source    the harness as it is installed: its task files, its HFLM model with transformers, its `evaluate`. One thing is replaced:
+Source    the harness as it is installed: its task files, its HFLM model with transformers, its
+          `evaluate`. One thing is replaced:
           where it would download a data set, it gets the rows of the file that eval.py reads.
-Needs     pip install "lm_eval[hf]==0.4.13" tokenizers      (no other file of this folder imports it)
-Not here  the tokenizer's parity: the column "tokens" counts documents whose token ids differ, and no score can be equal there. It is 0
-          where both read one tokenizer.json; not for tiny/, whose tokenizer.model transformers reads with a space in front.
+Needs     pip install "lm_eval[hf]==0.4.13" tokenizers      (no other file of this folder imports
+          it)
+Not here  the tokenizer's parity: the column "tokens" counts documents whose token ids differ, and
+          no score can be equal there. It is 0
+          where both read one tokenizer.json; not for tiny/, whose tokenizer.model transformers
+          reads with a space in front.
 
 Run       python -m checks.harness --model DIR --tasks zeroshot/ --limit 100
-          (SmolLM2-135M: 13 minutes on one busy core, 8 of them computing; ends with "every choice is the same")
+          (SmolLM2-135M: 13 minutes on one busy core, 8 of them computing; ends with "every choice
+          is the same")
 """
+
 import importlib.metadata
 import os
 import sys
@@ -20,79 +27,137 @@ import numpy as np
 
 import eval as evaluation
 from eval import TASKS, read_rows
-from llama import Parser, first_line, load_llama, run
+from llama import load_llama
+from script import Parser, first_line, run
 
 
 def harness(folder, tasks, limit):
     """Run the harness on the first `limit` documents of each task in the folder `tasks`.
 
-    returns   {task: {"pairs": each choice's (token ids, how many are scored), all documents in a row,
+    returns   {task: {"pairs": each choice's (token ids, how many are scored), all documents in a
+              row,
               "scores": each document's log-likelihoods (choices,) in nats,
-              "acc", "acc_norm": each document's chosen index and whether it is right; winogrande has no acc_norm}}
+              "acc", "acc_norm": each document's chosen index and whether it is right; winogrande
+              has no acc_norm}}
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"                                 # all it needs is here
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all it needs is here
     try:
         import datasets
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(f'this check needs the harness ({first_line(error)}): pip install "lm_eval[hf]==0.4.13"') from None
-    model, manager, result = HFLM(pretrained=str(folder), dtype="float32", device="cpu"), TaskManager(), {}
+        raise ValueError(
+            f'this check needs the harness ({first_line(error)}): pip install "lm_eval[hf]==0.4.13"'
+        ) from None
+    model, manager, result = (
+        HFLM(pretrained=str(folder), dtype="float32", device="cpu"),
+        TaskManager(),
+        {},
+    )
     for name in TASKS:
         rows = datasets.Dataset.from_list(read_rows(tasks, name, limit))
-        with mock.patch("datasets.load_dataset", return_value={split: rows for split in ("train", "validation", "test")}):
+        with mock.patch(
+            "datasets.load_dataset",
+            return_value={split: rows for split in ("train", "validation", "test")},
+        ):
             loaded = manager.load(name)
-        samples = sorted(evaluate(model, loaded, bootstrap_iters=0)["samples"][name], key=lambda s: s["doc_id"])
+        samples = sorted(
+            evaluate(model, loaded, bootstrap_iters=0)["samples"][name], key=lambda s: s["doc_id"]
+        )
         encoded = [model._encode_pair(*arguments) for s in samples for arguments in s["arguments"]]
         scores = [np.array([score for score, _ in s["filtered_resps"]]) for s in samples]
-        lengths = [np.array([len(choice) for choice in loaded["tasks"][name].doc_to_choice(s["doc"])]) for s in samples]
-        chosen = {"acc": scores, "acc_norm": [x / n for x, n in zip(scores, lengths)]}        # as its process_results chooses
-        result[name] = {"pairs": [(context + scored, len(scored)) for context, scored in encoded], "scores": scores}
-        result[name] |= {metric: ([int(x.argmax()) for x in chosen[metric]], [s[metric] == 1 for s in samples])
-                         for metric in samples[0]["metrics"]}
+        lengths = [
+            np.array([len(choice) for choice in loaded["tasks"][name].doc_to_choice(s["doc"])])
+            for s in samples
+        ]
+        chosen = {
+            "acc": scores,
+            "acc_norm": [x / n for x, n in zip(scores, lengths)],
+        }  # as its process_results chooses
+        result[name] = {
+            "pairs": [(context + scored, len(scored)) for context, scored in encoded],
+            "scores": scores,
+        }
+        result[name] |= {
+            metric: ([int(x.argmax()) for x in chosen[metric]], [s[metric] == 1 for s in samples])
+            for metric in samples[0]["metrics"]
+        }
     return result
 
 
 def zero_shot(model, tokenizer, task, rows):
     """The same for eval.zero_shot, whose arguments these are."""
     seen, measure = [], evaluation.log_likelihoods
-    with mock.patch.object(evaluation, "log_likelihoods", lambda m, pairs, label: seen.extend([pairs, measure(m, pairs, label)]) or seen[1]):
+    with mock.patch.object(
+        evaluation,
+        "log_likelihoods",
+        lambda m, pairs, label: seen.extend([pairs, measure(m, pairs, label)]) or seen[1],
+    ):
         r = evaluation.zero_shot(model, tokenizer, task, rows)
     ends = np.cumsum([len(evaluation.prompts(task, row)[0]) for row in rows])
     chosen = {"acc": r["predictions"], "acc_norm": r["predictions_norm"]}
     return {"pairs": seen[0], "scores": np.split(seen[1].numpy(), ends[:-1])} | {
-        metric: (c, [i == g for i, g in zip(c, r["gold"])]) for metric, c in chosen.items() if c is not None}
+        metric: (c, [i == g for i, g in zip(c, r["gold"])])
+        for metric, c in chosen.items()
+        if c is not None
+    }
 
 
 def main():
     p = Parser(__doc__, ["python -m checks.harness --model DIR --tasks zeroshot/ --limit 200"])
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
-    p.add_argument("--tasks", type=Path, required=True, metavar="DIR", help="folder with " + ", ".join(TASKS.values()))
-    p.add_argument("--limit", type=int, metavar="N", help="first N documents of each task (default: all)")
+    p.add_argument(
+        "--tasks",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder with " + ", ".join(TASKS.values()),
+    )
+    p.add_argument(
+        "--limit", type=int, metavar="N", help="first N documents of each task (default: all)"
+    )
     a = p.parse_args()
     if a.limit is not None and a.limit < 1:
         raise ValueError("--limit must be at least 1")
     rows, wrong = {task: read_rows(a.tasks, task, a.limit) for task in TASKS}, 0
     model, tokenizer = load_llama(a.model)
     results = harness(a.model, a.tasks, a.limit)
-    print(f"{a.model.resolve().name} in float32: lm_eval {importlib.metadata.version('lm_eval')} with transformers "
-          f"{importlib.metadata.version('transformers')}, then eval.py")
+    print(
+        f"{a.model.resolve().name} in float32: lm_eval {importlib.metadata.version('lm_eval')}"
+        " with transformers "
+        f"{importlib.metadata.version('transformers')}, then eval.py"
+    )
     print("                          documents that differ in   largest")
-    print("task           documents  tokens    acc  acc_norm    difference    acc               acc_norm")
+    print(
+        "task           documents  tokens    acc  acc_norm    difference    acc              "
+        " acc_norm"
+    )
     for task, theirs in results.items():
         ours, line = zero_shot(model, tokenizer, task, rows[task]), ""
         ends = np.cumsum([0, *map(len, ours["scores"])])
-        assert [len(x) for x in theirs["scores"]] == np.diff(ends).tolist(), "every document has as many choices on both sides"
-        differ = {"tokens": sum(theirs["pairs"][i:j] != ours["pairs"][i:j] for i, j in zip(ends, ends[1:]))}
+        assert [len(x) for x in theirs["scores"]] == np.diff(ends).tolist(), (
+            "every document has as many choices on both sides"
+        )
+        differ = {
+            "tokens": sum(
+                theirs["pairs"][i:j] != ours["pairs"][i:j] for i, j in zip(ends, ends[1:])
+            )
+        }
         for metric in ("acc", "acc_norm"):
             if metric in theirs:
-                differ[metric] = sum(x != y for x, y in zip(zip(*theirs[metric]), zip(*ours[metric])))
+                differ[metric] = sum(
+                    x != y for x, y in zip(zip(*theirs[metric]), zip(*ours[metric]))
+                )
                 line += f"    {np.mean(theirs[metric][1]):.4f}, {np.mean(ours[metric][1]):.4f}"
         wrong += differ["acc"] + differ.get("acc_norm", 0)
         largest = max(float(np.abs(x - y).max()) for x, y in zip(theirs["scores"], ours["scores"]))
-        print(f"{task:<14} {len(rows[task]):>9}  {differ['tokens']:>6}  {differ['acc']:>5}  {differ.get('acc_norm', ''):>8}  "
-              f"{largest:>7.1e} nats{line}", flush=True)
+        print(
+            f"{task:<14} {len(rows[task]):>9}  {differ['tokens']:>6}  {differ['acc']:>5} "
+            f" {differ.get('acc_norm', ''):>8}  "
+            f"{largest:>7.1e} nats{line}",
+            flush=True,
+        )
     print(f"{wrong} choices differ" if wrong else "every choice is the same")
     sys.exit(wrong > 0)
 

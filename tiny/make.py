@@ -1,10 +1,14 @@
 """
-Train the embedded default from scratch: its tokenizer, then a 5.5M-parameter Llama, on Python's own standard library.
+Train the embedded default from scratch: its tokenizer, then a 5.5M-parameter Llama, on Python's own
+standard library.
 
 Needs     the packages of requirements.txt, a C++ compiler (torch.compile), 2 cores and 4 GB.
-Time      45 minutes on 2 cores with bfloat16. Killed and started again, it goes on from the last saved step.
-Run       python -m tiny.make              writes tiny/{config.json, model.safetensors, tokenizer.model, tokenizer_config.json}
+Time      45 minutes on 2 cores with bfloat16. Killed and started again, it goes on from the last
+          saved step.
+Run       python -m tiny.make              writes tiny/{config.json, model.safetensors,
+          tokenizer.model, tokenizer_config.json}
 """
+
 import argparse
 import io
 import json
@@ -19,36 +23,62 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from eval import bits_per_byte, stdlib_files
-from llama import Config, Llama, load_llama, run
-from outputs import replacing, write_text
+from llama import Config, Llama, load_llama
+from script import replacing, run, write_text
 
-FIELDS = dict(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=12, num_attention_heads=3,
-              num_key_value_heads=1, head_dim=64, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0,
-              tie_word_embeddings=True)
+FIELDS = dict(
+    vocab_size=4096,
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=12,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=64,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+)
 
 
 def train_tokenizer(text, path):
-    """A lossless byte-pair vocabulary of 4096: nothing is normalised, a newline with its indentation is one symbol."""
+    """A lossless byte-pair vocabulary of 4096: nothing is normalised, a newline with its
+    indentation is one symbol.
+    """
     lines = text.split("\n")
-    chunks = ("\n".join(lines[i:i + 20]) + "\n" for i in range(0, len(lines), 20))
+    chunks = ("\n".join(lines[i : i + 20]) + "\n" for i in range(0, len(lines), 20))
     indents = ["\n"] + ["\n" + "\u2581" * 4 * depth for depth in range(1, 7)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=chunks, model_writer=model, vocab_size=FIELDS["vocab_size"], model_type="bpe",
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, byte_fallback=True,
-        user_defined_symbols=indents, split_by_unicode_script=False,
-        allow_whitespace_only_pieces=True, character_coverage=0.9999, max_sentence_length=1 << 20, num_threads=1, minloglevel=2)
+        sentence_iterator=chunks,
+        model_writer=model,
+        vocab_size=FIELDS["vocab_size"],
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        byte_fallback=True,
+        user_defined_symbols=indents,
+        split_by_unicode_script=False,
+        allow_whitespace_only_pieces=True,
+        character_coverage=0.9999,
+        max_sentence_length=1 << 20,
+        num_threads=1,
+        minloglevel=2,
+    )
     with replacing(path) as partial:
         partial.write_bytes(model.getvalue())
 
 
 def window_batch(tokens, T, batch, step):
-    """Batch number `step` of shuffled windows (batch, T + 1) of tokens (N,); every epoch has another offset and order."""
+    """Batch number `step` of shuffled windows (batch, T + 1) of tokens (N,); every epoch has
+    another offset and order.
+    """
     per_epoch = (len(tokens) // T - 1) // batch
     g = torch.Generator().manual_seed(step // per_epoch)
     offset = int(torch.randint(T, (1,), generator=g))
     order = torch.randperm(len(tokens) // T - 1, generator=g)
-    chunk = order[step % per_epoch * batch:][:batch]
+    chunk = order[step % per_epoch * batch :][:batch]
     return tokens[offset + chunk[:, None] * T + torch.arange(T + 1)]
 
 
@@ -57,7 +87,9 @@ def initialise(model):
     """Each block starts as the identity: what writes to the residual stream is zero."""
     for name, p in model.named_parameters():
         if p.ndim == 2:
-            p.zero_() if name.endswith(("o_proj.weight", "down_proj.weight")) else p.normal_(std=0.02 if "embed" in name else p.shape[1] ** -0.5)
+            p.zero_() if name.endswith(("o_proj.weight", "down_proj.weight")) else p.normal_(
+                std=0.02 if "embed" in name else p.shape[1] ** -0.5
+            )
 
 
 def save(path, master, optimizers, step, seconds):
@@ -66,7 +98,9 @@ def save(path, master, optimizers, step, seconds):
     state.update({f"model/{n}": p.detach().clone() for n, p in master.items()})
     for i, optimizer in enumerate(optimizers):
         for key, entry in optimizer.state_dict()["state"].items():
-            state.update({f"optimizer{i}/{key}/{n}": torch.as_tensor(v).clone() for n, v in entry.items()})
+            state.update(
+                {f"optimizer{i}/{key}/{n}": torch.as_tensor(v).clone() for n, v in entry.items()}
+            )
     with replacing(path) as partial:
         save_file(state, partial)
 
@@ -100,15 +134,38 @@ def write_model(folder, master, sp):
     with replacing(folder / "model.safetensors") as partial:
         save_file(weights, partial, {"format": "pt"})
         partial.chmod(0o644)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **FIELDS, "attention_bias": False,
-              "mlp_bias": False, "bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id(), "torch_dtype": "float16"}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        **FIELDS,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": sp.bos_id(),
+        "eos_token_id": sp.eos_id(),
+        "torch_dtype": "float16",
+    }
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "tokenizer_config.json", json.dumps(
-        {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, indent=2) + "\n")
+    write_text(
+        folder / "tokenizer_config.json",
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "add_bos_token": True,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+            },
+            indent=2,
+        )
+        + "\n",
+    )
 
 
 def main():
-    p = argparse.ArgumentParser(description="train the embedded default: tokenizer and 5.5M-parameter Llama")
+    p = argparse.ArgumentParser(
+        description="train the embedded default: tokenizer and 5.5M-parameter Llama"
+    )
     p.add_argument("--out", type=Path, default=Path("tiny"), help="folder to write")
     p.add_argument("--steps", type=int, default=1200, help="optimiser steps of 8192 tokens")
     a = p.parse_args()
@@ -119,7 +176,9 @@ def main():
         train_tokenizer(train, a.out / "tokenizer.model")
     sp = sentencepiece.SentencePieceProcessor(model_file=str(a.out / "tokenizer.model"))
     tokens, held_out_tokens = torch.tensor(sp.encode(train)), torch.tensor(sp.encode(held_out))
-    assert sp.decode(tokens.tolist()) == train and sp.decode(held_out_tokens.tolist()) == held_out, "the tokenizer lost text"
+    assert (
+        sp.decode(tokens.tolist()) == train and sp.decode(held_out_tokens.tolist()) == held_out
+    ), "the tokenizer lost text"
 
     # the matrix products run in bfloat16, the optimisers on a float32 master copy
     torch.manual_seed(0)
@@ -127,21 +186,38 @@ def main():
     initialise(model)
     master = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     model.bfloat16()
-    muon = torch.optim.Muon([p for n, p in master.items() if p.ndim == 2 and "embed" not in n], lr=0.02, weight_decay=0.05)
-    adam = torch.optim.AdamW([p for n, p in master.items() if p.ndim == 1 or "embed" in n], lr=0.003, betas=(0.9, 0.95), weight_decay=0)
+    muon = torch.optim.Muon(
+        [p for n, p in master.items() if p.ndim == 2 and "embed" not in n],
+        lr=0.02,
+        weight_decay=0.05,
+    )
+    adam = torch.optim.AdamW(
+        [p for n, p in master.items() if p.ndim == 1 or "embed" in n],
+        lr=0.003,
+        betas=(0.9, 0.95),
+        weight_decay=0,
+    )
     optimizers, peaks = (muon, adam), (0.02, 0.003)
     checkpoint = a.out / "training.safetensors"
     first, seconds = restore(checkpoint, master, optimizers)
-    loss_of = torch.compile(lambda x, y: F.cross_entropy(model(x).float().flatten(0, 1), y.flatten()), dynamic=False)
-    print(f"{sum(p.numel() for p in master.values()):,} parameters, {len(tokens):,} training tokens, {a.steps} steps from {first}", flush=True)
+    loss_of = torch.compile(
+        lambda x, y: F.cross_entropy(model(x).float().flatten(0, 1), y.flatten()), dynamic=False
+    )
+    print(
+        f"{sum(p.numel() for p in master.values()):,} parameters, {len(tokens):,} training"
+        f" tokens, {a.steps} steps from {first}",
+        flush=True,
+    )
 
     bar, mean = tqdm(range(first, a.steps), initial=first, total=a.steps, mininterval=10), None
     for step in bar:
-        T = 256 if step < 0.7 * a.steps else 512               # short windows first: attention is half of the time at 512
+        T = (
+            256 if step < 0.7 * a.steps else 512
+        )  # short windows first: attention is half of the time at 512
         w = window_batch(tokens, T, 8192 // T, step)
         x, y = w[:, :-1].clone(), w[:, 1:]
         if step % 4:
-            x[:, 0] = sp.bos_id()                              # three batches in four open with the begin token
+            x[:, 0] = sp.bos_id()  # three batches in four open with the begin token
         with torch.no_grad():
             for p, q in zip(model.parameters(), master.values()):
                 p.copy_(q)
@@ -161,9 +237,19 @@ def main():
     write_model(a.out, master, sp)
     checkpoint.unlink()
     model, tokenizer = load_llama(a.out, dtype=torch.bfloat16)
-    bits = bits_per_byte(model, torch.tensor(tokenizer.encode(held_out)), len(held_out.encode()), tokenizer.bos_id, 512)
-    print(f"wrote {a.out}: {bits:.4f} bits per byte on {len(held_out.encode())} held-out bytes of Python {platform.python_version()}; "
-          f"{(seconds + time.time() - started) / 60:.0f} minutes, {time.process_time() / 60:.0f} of processor time in this process")
+    bits = bits_per_byte(
+        model,
+        torch.tensor(tokenizer.encode(held_out)),
+        len(held_out.encode()),
+        tokenizer.bos_id,
+        512,
+    )
+    print(
+        f"wrote {a.out}: {bits:.4f} bits per byte on {len(held_out.encode())} held-out bytes of"
+        f" Python {platform.python_version()}; "
+        f"{(seconds + time.time() - started) / 60:.0f} minutes, {time.process_time() / 60:.0f} of"
+        " processor time in this process"
+    )
     print("next: python train.py, then copy out/tiny/stratnet.safetensors here")
 
 

@@ -1,0 +1,186 @@
+"""
+Requests in the user's own terms: a sparsity, a preference, a largest KL or a largest file, and the
+strategy that meets each.
+
+Reading   beside prune.py, whose command line serves these; can be skipped at first.
+Shapes    a strategy is (d,), the sparsity of each block.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gp import GaussianProcess
+from llama import weight_files
+from script import Refused, first_line
+from unicuco import MAX, StratNet, log_divergence
+
+KINDS = {
+    "sparsity": ("S", f"fraction of the block weights that goes, 0 to {MAX}"),
+    "preference": ("L1", "weight of size, l1, against fidelity"),
+    "max_kl": ("KL", "most KL from the dense model, measured, in nats per token"),
+    "max_size": ("SIZE", "most bytes of the packed weights, as 9MB"),
+}
+LARGEST = {"sparsity": MAX, "preference": 1, "max_kl": 1e9, "max_size": 1e15}
+PREFIX = {"sparsity": "", "preference": "preference-", "max_kl": "kl-", "max_size": "size-"}
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
+
+
+# -------------------------------------------------------------------------------------- parsing
+def parse_value(kind, text):
+    """The number of a request, within its range; a size may have a unit, as 9MB."""
+    unit = " *([kMG]?)B?" if kind == "max_size" else "()"
+    match = re.fullmatch("([0-9.eE+-]+)" + unit, text)
+    try:
+        value = float(match[1]) * UNITS[match[2]]
+    except (TypeError, ValueError):
+        hint = ", as 9MB" if kind == "max_size" else ""
+        raise Refused(f"{kind} {text[:40]!r} is not a number{hint}") from None
+    if value < 0:
+        raise Refused(f"{kind} {text[:40]} is negative")
+    if not value <= LARGEST[kind]:
+        raise Refused(f"{kind} {text[:40]} is outside 0 to {LARGEST[kind]:g}")
+    return value
+
+
+def parse_request(raw):
+    """{"name", "kind", "value", "text"} from {one of KINDS: value, "name" optional}; Refused for
+    anything else.
+    """
+    kinds = [k for k in KINDS if k in raw] if isinstance(raw, dict) else []
+    if len(kinds) != 1 or set(raw) - {*KINDS, "name"}:
+        raise Refused(
+            f"a request is one of {', '.join(KINDS)}, with a name if you like, not"
+            f" {json.dumps(raw)[:80]}"
+        )
+    kind = kinds[0]
+    text = str(raw[kind])
+    value = parse_value(kind, text)
+    name = raw.get("name", PREFIX[kind] + (text if kind == "max_size" else f"{value:g}"))
+    plain = isinstance(name, str) and re.fullmatch(r"[\w.+ -]{1,80}", name)
+    if not plain or name.startswith("."):
+        raise Refused(f"a request's name is a plain folder name, not {str(name)[:40]!r}")
+    return {"name": name, "kind": kind, "value": value, "text": text}
+
+
+def read_requests(path):
+    """The requests of a jsonl file, one a line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return [parse_request(json.loads(line)) for line in lines if line.strip()]
+    except OSError as error:
+        raise Refused(f"requests {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"requests {path}: {first_line(error)}") from None
+
+
+# ----------------------------------------------------------------------------- sizes and searches
+def packed_bytes(pruner, source, strategy):
+    """Size of the packed weights of a strategy, at most 1 % too high: masks, survivors, the rest of
+    the source's files.
+    """
+    files = [tensor for tensors in weight_files(source).values() for tensor in tensors.items()]
+    bytes_of = {name: {"F32": 4}.get(dtype, 2) for name, (_, dtype) in files}
+    matrices = [name for name, _ in files if name.endswith("_proj.weight")]
+    others = [(name, shape) for name, (shape, _) in files if not name.endswith("_proj.weight")]
+    rest = sum(math.prod(shape) * bytes_of[name] for name, shape in others)
+    headers = 300 * len(files) + 4096
+    kept = (pruner.d_in - pruner.dropped_per_row(strategy)) * pruner.d_out
+    survivors = float(kept.sum()) * max(bytes_of[name] for name in matrices)
+    masks = float(((pruner.d_in / 8).ceil() * pruner.d_out).sum()) * len(kept)
+    return int(rest + headers + survivors + masks)
+
+
+def largest(fits, low=0.0, high=MAX, steps=24):
+    """The largest sparsity in [low, high] for which `fits` holds, when it holds up to some"
+    " point."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+# -------------------------------------------------------------------------- from a request to a
+# strategy
+class Unreachable(Refused):
+    """No strategy meets the request; the message names the nearest that can be met."""
+
+
+@dataclass
+class Surrogate:
+    """What a request is answered from.
+
+    curve     sparsity -> strategy (d,);  net: StratNet, or None for uniform;  gp: its surrogate, or
+              None
+    measure   strategy -> measured KL;  size: strategy -> packed bytes
+    """
+
+    curve: Callable
+    net: StratNet | None
+    gp: GaussianProcess | None
+    measure: Callable
+    size: Callable
+
+    def predicted(self, strategy):
+        """log KL of a strategy; without a GP, the usual slope."""
+        if self.gp is None:
+            return 8 * float(strategy.mean())
+        return float(self.gp.posterior(strategy[None])[0])
+
+
+def strategy_of(request, surrogate):
+    """The strategy (d,) that meets a request, or Unreachable."""
+    answers = {"preference": by_preference, "max_size": by_size, "max_kl": by_divergence}
+    if request["kind"] == "sparsity":
+        return surrogate.curve(request["value"])
+    return answers[request["kind"]](request, surrogate)
+
+
+def by_preference(request, surrogate):
+    if surrogate.net is None:
+        raise Refused("a preference needs StratNet: it cannot be asked with --uniform")
+    l1 = request["value"]
+    with torch.no_grad():
+        return surrogate.net(torch.tensor([[l1, 1 - l1]]))[0]
+
+
+def by_size(request, surrogate):
+    """The least sparsity whose packed weights fit."""
+    curve, size = surrogate.curve, surrogate.size
+    if size(curve(MAX)) > request["value"]:
+        raise Unreachable(
+            f"{request['text']} is less than pruning reaches: sparsity {MAX} has"
+            f" {size(curve(MAX))} bytes"
+        )
+    return curve(MAX - largest(lambda less: size(curve(MAX - less)) <= request["value"]))
+
+
+def by_divergence(request, surrogate):
+    """The surrogate proposes; each measurement corrects its offset; the largest sparsity that
+    measured below is kept.
+    """
+    curve, value = surrogate.curve, request["value"]
+    best, offset = None, 0.0
+    lowest = surrogate.measure(curve(0.01))
+    if not lowest <= value:  # NaN included
+        raise Unreachable(
+            f"KL {value:g} is below what pruning gives: sparsity 0.01 has {lowest:.3g}"
+        )
+    for margin in (0.0, 0.01, 0.02, 0.04, 0.08, 0.16):
+        budget = math.log(max(value, 1e-9)) - margin - offset
+        x = curve(largest(lambda s: surrogate.predicted(curve(s)) <= budget, 0.01, MAX, 14))
+        kl = surrogate.measure(x)
+        if kl <= value and (best is None or float(x.mean()) > float(best.mean())):
+            best = x
+            if kl >= 0.97 * value or float(x.mean()) > MAX - 1e-3:
+                break
+        offset = log_divergence(kl) - surrogate.predicted(x)
+    return best if best is not None else curve(0.01)

@@ -1,0 +1,304 @@
+"""
+What every command shares: options, devices, errors in one line, files that are complete or absent,
+and a journal.
+
+Reading   below all other files; can be skipped at first. Imports nothing from this folder.
+Errors    bad input is `Refused`: one line on stderr that says what to do, exit code 2. Everything
+          else keeps its traceback.
+Files     are written beside their place and renamed, so that a full disk or a kill leaves the old
+          one or none, never half.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+TINY = Path(__file__).resolve().parent / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ------------------------------------------------------------------------------------ errors
+class Refused(ValueError):
+    """Bad input of the user: a message of one line that says what to do. A ValueError that is not
+    one is a bug of ours.
+    """
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def fail(message):
+    """One line on stderr, then the exit code of bad input."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(main, hint=""):
+    """Run a script: bad input is one line and exit code 2, Ctrl-C one line with a hint and 130, a
+    closed pipe no error.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{hint}", file=sys.stderr)
+        sys.exit(130)
+    except (
+        Refused,
+        OSError,
+        SafetensorError,
+    ) as error:  # the last: a full disk while weights are written
+        fail(error)
+
+
+# ----------------------------------------------------------------------------------- options
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as written, and the default of every option that has one."""
+
+    def _get_help_string(self, action):
+        hidden = action.default is None or action.default is False or action.default == []
+        return action.help if hidden else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with examples first, defaults shown, and one line on stderr for a bad argument."""
+
+    def __init__(self, doc, examples):
+        super().__init__(
+            description="\n  ".join(["examples:", *examples])
+            + "\n\n"
+            + doc.strip().splitlines()[0],
+            usage="%(prog)s [options]",
+            formatter_class=lambda prog: Help(prog, max_help_position=30, width=100),
+        )
+
+    def error(self, message):
+        fail(message)
+
+
+def add_model(parser):
+    """The options of every script that loads a model."""
+    parser.add_argument(
+        "--model", type=Path, default=TINY, metavar="DIR", help="Hugging Face folder"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="compute dtype; auto: by device, printed",
+    )
+
+
+def add_texts(parser, tokens_help="tokens of one measurement of f2"):
+    """The options of every script that calibrates on one text and measures on another."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="text to choose on (default: the embedded default text)",
+    )
+    parser.add_argument(
+        "--test",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="texts to measure on (default: held-out part of --data)",
+    )
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help=tokens_help)
+    parser.add_argument(
+        "--calibration", type=int, default=32, metavar="N", help="calibration windows"
+    )
+    parser.add_argument(
+        "--seqlen",
+        type=int,
+        metavar="N",
+        help="window (default: the model's positions, at most 512)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of windows and of everything that is drawn"
+    )
+
+
+def at_least(args, minimum, *names):
+    """Refuse an option below `minimum`; one that was not given is None."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise Refused(f"--{name.replace('_', '-')} must be at least {minimum}")
+
+
+def choose_device(device="auto", dtype="auto"):
+    """(device, dtype, reason): CUDA in bfloat16 if there is one, else the CPU in bfloat16 where it
+    multiplies bfloat16 fast.
+    """
+    there = torch.cuda.is_available()
+    reason = "as asked" if device != "auto" else "a GPU is there" if there else "no GPU"
+    if device == "auto":
+        device = "cuda" if there else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"--device {device}: {first_line(error)}") from None
+    fast = True
+    if device.type == "cpu":
+        able = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = able.get("avx512_bf16") or able.get("amx_bf16")
+        if dtype == "auto":
+            reason += f", bfloat16 units {'found' if fast else 'not found'}"
+    chosen = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if fast else torch.float32
+    return device, chosen, reason
+
+
+# ------------------------------------------------------------------------------------- files
+def sha256(path):
+    """Hexadecimal digest of a file, read a megabyte at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_json(path):
+    """The JSON object in the file `path`; Refused, naming the file, when there is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{path} is missing or not readable JSON: {first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise Refused(f"{path} holds no JSON object")
+    return value
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a hidden neighbour of `path` to write to, renamed at the end: a reader sees the old
+    file or the new one.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write the file `path` at once, folders included: see `replacing`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def strict(value):
+    """`value` for json.dumps, numbers that JSON does not have, NaN and infinity, as null."""
+    if isinstance(value, dict):
+        return {key: strict(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path, value, rows=False):
+    """Write `value` to the file `path` at once, as JSON that every reader takes; rows: a list, one
+    item a line.
+    """
+    value = strict(value)
+    if rows:
+        text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+    else:
+        text = json.dumps(value, indent=1)
+    write_text(path, text + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path, force=False):
+    """A folder that appears under its name only when it is complete: yields a hidden neighbour,
+    renamed at the end.
+
+    What a killed run left beside `path` goes first; the folder that it was just replacing comes
+    back. Of two runs that write
+    one folder at the same time, one fails.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    old = path.with_name(f".{path.name}.old.partial")
+
+    def tidy():
+        if old.exists() and not path.exists():  # between the two renames below
+            os.replace(old, path)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+    tidy()
+    if path.exists() and not (force and path.is_dir()):
+        raise Refused(f"{path} exists already; --force replaces a folder")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            os.replace(path, old)
+        os.replace(partial, path)
+    finally:
+        tidy()
+
+
+# ----------------------------------------------------------------------------------- journal
+class Journal:
+    """Values on disk the moment they are known, so that a killed run goes on where it stopped.
+
+    path      JSON file {"inputs": {...}, "values": {key: value}}, written whole at every new value
+    inputs    what all values depend on; resuming from a file with other inputs is refused
+    resume    False: an existing file is not read, and replaced at the first value
+    """
+
+    def __init__(self, path, inputs, resume):
+        self.path, self.inputs, self.values = Path(path), inputs, {}
+        if resume and self.path.exists():
+            self.values = self.read(self.path)
+
+    def read(self, path):
+        """The values of a journal of the same inputs, the own or another process's."""
+        content = read_json(path)
+        earlier, values = content.get("inputs"), content.get("values")
+        if not (isinstance(earlier, dict) and isinstance(values, dict)):
+            raise Refused(f"{path} holds no journal to resume from")
+        for key, now in strict(self.inputs).items():
+            if earlier.get(key) != now:
+                raise Refused(
+                    f"{path} holds a run with another {key}: {earlier.get(key)!r}, now {now!r}"
+                )
+        return values
+
+    def __contains__(self, key):
+        return key in self.values
+
+    def __call__(self, key, make):
+        """The value of `key`, JSON, from the file or by calling `make` once."""
+        if key not in self.values:
+            self.remember(key, make())
+        return self.values[key]
+
+    def remember(self, key, value):
+        self.values[key] = value
+        self.write()
+
+    def write(self):
+        write_json(self.path, {"inputs": self.inputs, "values": self.values})

@@ -1,0 +1,460 @@
+"""
+Every table, and every sentence with a measured number, of README.md and RESULTS.md, from results/.
+
+Reading   beside plot.py, after compare.py. Nothing is measured here.
+Blocks    in both files `<!-- table:NAME -->` begins what is generated and `<!-- end -->` ends it;
+          the words around are written by hand. NAME is a function of this file, in BLOCKS.
+
+Laptop    python plot.py --tables      (2 s; rewrites the blocks, test_plot.py compares them)
+"""
+
+import contextlib
+import io
+import re
+import statistics
+from pathlib import Path
+
+import compare
+from compare import METHODS, grouped, long_table, read_comparison, requests_table, tasks_table
+from script import Refused, read_json, write_text
+
+ROOT = Path(__file__).resolve().parent
+PAGES = ("README.md", "RESULTS.md")
+RESULTS = ROOT / "results"
+UNICUCO = METHODS["unicuco"]
+TEXTS = {
+    "wiki.test.raw": "WikiText-2",
+    "c4-unseen.jsonl": "C4",
+    "stdlib held-out files": "held-out files",
+}
+
+
+# ------------------------------------------------------------------------------------- writing
+def markdown(head, rows):
+    """A Markdown table: `head` names the columns, every row has one cell for each."""
+    assert all(len(row) == len(head) for row in rows), "a cell for every column"
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def bullets(sentences):
+    return "\n".join(f"- {s}" for s in sentences)
+
+
+def pm(values, digits):
+    """Mean ± standard deviation over seeds; of one seed the value alone."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def joined(sparsities):
+    return ", ".join(f"{s:g}" for s in sparsities) or "no sparsity"
+
+
+def named(method):
+    """The method of this repository stands out."""
+    return f"**{method}**" if method in (UNICUCO, "StratNet") else method
+
+
+def printed(show, *arguments):
+    """The lines that a function of compare.py prints, so that both say the same."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        show(*arguments)
+    return said.getvalue().strip().splitlines()
+
+
+# -------------------------------------------------------------------------- what train.py wrote
+def runs(stem):
+    """{seed: {method: rows by sparsity}} of results/STEM-seed*.json."""
+    found = {}
+    for path in sorted(RESULTS.glob(f"{stem}-seed*.json")):
+        rows = read_json(path)
+        found[int(path.stem.rpartition("seed")[2])] = grouped(rows, "method")
+    return found
+
+
+def column(seeds, method, key):
+    """[[value of each seed] of each sparsity]."""
+    return list(zip(*([row[key] for row in of[method]] for of in seeds.values())))
+
+
+def sparsities_of(seeds):
+    return [row["sparsity"] for row in next(iter(seeds.values()))["uniform"]]
+
+
+def tiny():
+    """KL of uniform and StratNet over seeds, and their ratio, paired by seed."""
+    seeds = runs("tiny")
+    u, s = (column(seeds, method, "kl") for method in ("uniform", "unicuco"))
+    ratios = [[b / a for a, b in zip(*pair)] for pair in zip(u, s)]
+    return markdown(
+        ["KL at sparsity", *(f"{x:g}" for x in sparsities_of(seeds))],
+        [
+            ["uniform", *(pm(v, 4) for v in u)],
+            ["**StratNet**", *(pm(v, 4) for v in s)],
+            ["StratNet / uniform", *(pm(v, 3) for v in ratios)],
+        ],
+    )
+
+
+def tiny_verdict():
+    return verdict("tiny")
+
+
+def verdict(stem):
+    """Where StratNet's KL is below uniform's in every seed, and where it is not."""
+    seeds = runs(stem)
+    pairs = zip(column(seeds, "uniform", "kl"), column(seeds, "unicuco", "kl"))
+    below = [all(b < a for a, b in zip(u, s)) for u, s in pairs]
+    wins = [x for x, won in zip(sparsities_of(seeds), below) if won]
+    rest = [x for x, won in zip(sparsities_of(seeds), below) if not won]
+    several = f"in each of {len(seeds)} seeds" if len(seeds) > 1 else "in its one seed"
+    but = f"; not at {joined(rest)}" if rest else ", so at every sparsity of the table"
+    return f"StratNet's KL is below uniform's {several} at {joined(wins)}{but}."
+
+
+def tiny_seeds():
+    seeds = runs("tiny")
+    rows = []
+    for seed, methods in seeds.items():
+        for method, name in (("uniform", "uniform"), ("unicuco", "**StratNet**")):
+            rows.append([f"{name}, seed {seed}", *(f"{r['kl']:.4f}" for r in methods[method])])
+    return markdown(["KL at sparsity", *(f"{x:g}" for x in sparsities_of(seeds))], rows)
+
+
+def run_table(stem):
+    """Seed 0 in full: KL, counted sparsity and perplexity of both methods."""
+    seeds = runs(stem)
+    rows = []
+    for key, label, digits in (
+        ("kl", "KL", 4),
+        ("counted", "counted sparsity", 4),
+        ("ppl", "perplexity", 2),
+    ):
+        for method, name in (("uniform", "uniform"), ("unicuco", "StratNet")):
+            cells = (f"{r[key]:.{digits}f}" for r in seeds[0][method])
+            rows.append([f"{label}, {name}", *cells])
+    return markdown(["seed 0, sparsity", *(f"{x:g}" for x in sparsities_of(seeds))], rows)
+
+
+def tiny_run():
+    return run_table("tiny")
+
+
+def smollm2_run():
+    return run_table("smollm2")
+
+
+def smollm2_run_verdict():
+    return verdict("smollm2")
+
+
+# ------------------------------------------------------------------------ what compare.py wrote
+def comparison(name):
+    """(inputs, rows) of results/compare-NAME.json."""
+    return read_comparison(RESULTS / f"compare-{name}.json")
+
+
+def requests_of(name):
+    inputs, rows = comparison(name)
+    return requests_table(rows, inputs)
+
+
+def cells_of(r, mark="", perplexities=True):
+    """One method of `requests_table` as a row: costs, KL ratios, worst, perplexities."""
+    star = "\\*" if r["extrapolated"] else ""
+    ratios = [
+        f"{x:.3f}" if r["spread"][text] is None else f"{x:.3f} ± {r['spread'][text]:.3f}"
+        for text, x in r["ratio"].items()
+    ]
+    shown = next(iter(r["perplexity"].values()))
+    return [
+        named(r["method"]) + mark,
+        f"{r['evaluations']:.0f}{star}",
+        f"{r['seconds']:.1f}{star}",
+        *ratios,
+        *(f"{x:.3f}" for x in r["worst"].values()),
+        *(f"{x:.2f}" if perplexities else "-" for x in shown.values()),
+    ]
+
+
+def requests_block(name, beside=None):
+    """What 64 requests cost, and how good the answers are. beside: a comparison whose methods
+    are shown too, marked †, because it was tested on fewer tokens."""
+    table = requests_of(name)
+    texts = [TEXTS[text] for text in table[0]["ratio"]]
+    rows = [cells_of(r) for r in table]
+    if beside:
+        extra = [r for r in requests_of(beside) if r["method"] != "uniform"]
+        at = 1 + [r["method"] for r in table].index(UNICUCO)
+        rows[at:at] = [cells_of(r, " †", perplexities=False) for r in extra]
+    head = [
+        "method",
+        "evaluations",
+        "seconds",
+        *(f"KL ratio, {t}" for t in texts),
+        *(f"worst, {t}" for t in texts),
+        *(f"perplexity, {texts[0]}, at {s:g}" for s in next(iter(table[0]["perplexity"].values()))),
+    ]
+    return markdown(head, rows)
+
+
+def compare_tiny():
+    return requests_block("tiny")
+
+
+def compare_tiny_full():
+    return requests_block("tiny-full")
+
+
+def compare_smollm2():
+    return requests_block("smollm2", beside="smollm2-constant")
+
+
+def opponents(table):
+    """UniCuCo's row of a table, and those of EvoPress, smallest budget first."""
+    ours = next(r for r in table if r["method"] == UNICUCO)
+    return ours, [r for r in table if r["method"].startswith("EvoPress")]
+
+
+def says(name):
+    """What compare.py prints about quality and speed."""
+    inputs, rows = comparison(name)
+    ours, theirs = opponents(requests_table(rows, inputs))
+    speed = printed(compare.show_speed, ours, theirs, inputs["requests"])
+    return [compare.compared(ours, theirs[-1]), *speed]
+
+
+def compare_tiny_says():
+    return bullets(says("tiny"))
+
+
+def compare_tiny_full_says():
+    return bullets(says("tiny-full"))
+
+
+def compare_smollm2_says():
+    return bullets(says("smollm2"))
+
+
+def at_block(name):
+    """KL ratio to uniform at every sparsity, by method and text."""
+    table = requests_of(name)
+    asked = sorted({s for r in table for s in next(iter(r["at"].values()))})
+    rows = []
+    for r in table:
+        for text, at in r["at"].items() if r["method"] != "uniform" else ():
+            cells = (f"{at[s]:.3f}" if s in at else "-" for s in asked)
+            rows.append([f"{named(r['method'])}, {TEXTS[text]}", *cells])
+    return markdown(["KL ratio to uniform at", *(f"{s:g}" for s in asked)], rows)
+
+
+def compare_smollm2_at():
+    return at_block("smollm2")
+
+
+def paired(rows, method, other):
+    """{sparsity: KL of `method` over that of `other`, one for each seed, geometric mean over the
+    texts}, where both were measured."""
+    rows = [r for r in rows if r["table"] == "requests"]
+    kl = {(r["method"], r["sparsity"], r["seed"], r["text"]): r["kl"] for r in rows}
+    texts = list(grouped(rows, "text"))
+    found = {}
+    for s, seed in sorted(grouped(rows, "sparsity", "seed")):
+        if (method, s, seed, texts[0]) in kl and (other, s, seed, texts[0]) in kl:
+            ratios = (kl[method, s, seed, t] / kl[other, s, seed, t] for t in texts)
+            found.setdefault(s, []).append(statistics.geometric_mean(ratios))
+    return found
+
+
+def paired_block(name):
+    """UniCuCo's KL over that of each other method: below 1 it wins."""
+    _, rows = comparison(name)
+    methods = [m for m in grouped(rows, "method") if m not in (UNICUCO, "dense")]
+    against = {m: paired(rows, UNICUCO, m) for m in methods}
+    asked = sorted({s for of in against.values() for s in of})
+    lines = [
+        [m, *(pm(of[s], 3) if s in of else "-" for s in asked)] for m, of in against.items() if of
+    ]
+    return markdown(["UniCuCo's KL over that of", *(f"{s:g}" for s in asked)], lines)
+
+
+def compare_tiny_paired():
+    return paired_block("tiny")
+
+
+def compare_smollm2_paired():
+    return paired_block("smollm2")
+
+
+def by_method():
+    """README's comparison: both models in one table, without extrapolated seconds."""
+    tables = [{r["method"]: r for r in requests_of(name)} for name in ("tiny", "smollm2")]
+    tables[1] |= {r["method"]: r for r in requests_of("smollm2-constant") if "mean" in r["method"]}
+    rows = []
+    for method in tables[0]:
+        cells = [named(method)]
+        for table in tables:
+            r = table.get(method)
+            cells.append(f"{r['evaluations']:.0f}" if r else "-")
+            cells += (
+                [pm(of, 3) for of in r["each_seed"].values()]
+                if r
+                else ["-"] * len(table[UNICUCO]["each_seed"])
+            )
+        rows.append(cells)
+    return markdown(
+        [
+            "64 requests served by",
+            "evaluations, tiny",
+            "KL ratio",
+            "evaluations, SmolLM2",
+            "KL ratio, WikiText-2",
+            "KL ratio, C4",
+        ],
+        rows,
+    )
+
+
+def outcomes():
+    """README's bullets: against uniform by sparsity, then against the strongest opponent."""
+    sentences = []
+    for name, model in (("tiny", "The embedded model"), ("smollm2", "SmolLM2-135M")):
+        _, rows = comparison(name)
+        of = paired(rows, UNICUCO, "uniform")
+        worst = max(of, key=lambda s: statistics.mean(of[s]))
+        losing = [s for s in of if max(of[s]) >= 1]
+        lost = (
+            f"not below it in every seed at {joined(losing)}" if losing else "below it in each seed"
+        )
+        sentences.append(
+            f"{model}: KL over uniform's is worst at {worst:g}, {pm(of[worst], 3)}, {lost}. "
+            + " ".join(says(name))
+        )
+    return bullets(sentences)
+
+
+# ------------------------------------------------------------------------- long texts and tasks
+def tasks_smollm2():
+    """KL, perplexity and zero-shot accuracy of the first seed's models."""
+    _, rows = comparison("smollm2")
+    long = grouped([r for r in rows if r["table"] == "long"], "method", "sparsity")
+    lines = []
+    for r in tasks_table(rows):
+        read = long[r["method"], r["sparsity"]][0]
+        below = "-" if r["method"] == "dense" else f"{r['lost']:.1f} ± {r['error']:.1f}"
+        lines.append(
+            [
+                named(r["method"]),
+                f"{r['sparsity']:g}",
+                f"{read['kl']:.4f}",
+                f"{read['ppl']:.2f}",
+                *(f"{r[task]:.1f}" for task in r["documents"]),
+                f"{r['average']:.1f}",
+                below,
+            ]
+        )
+    names = ["PIQA", "ARC-Easy", "ARC-Challenge", "HellaSwag", "WinoGrande"]
+    head = ["model", "sparsity", "KL", "perplexity", *names, "average", "below dense"]
+    return markdown(head, lines)
+
+
+def long_smollm2():
+    """KL ratio and perplexities over seeds, on long texts."""
+    _, rows = comparison("smollm2")
+    table = long_table(rows)
+    lines = []
+    for r in table:
+        ratio = pm(r["each_seed"][r["text"]], 3)
+        lines.append([named(r["method"]), f"{r['sparsity']:g}", ratio])
+        lines[-1] += [f"{x:.2f}" for x in r["ppl"]]
+    seeds = (f"perplexity, seed {seed}" for seed in grouped(rows, "seed"))
+    return markdown(["method", "sparsity", "KL ratio to uniform", *seeds], lines)
+
+
+def long_smollm2_says():
+    _, rows = comparison("smollm2")
+    sentences = []
+    for s, mine in grouped(long_table(rows), "sparsity").items():
+        ours, theirs = opponents(mine)
+        sentences.append(f"At {s:g}: {compare.compared(ours, theirs[-1])}")
+    return bullets(sentences)
+
+
+# --------------------------------------------------------------------------- what bench.py wrote
+def sequential():
+    rows = read_json(RESULTS / "sequential-smollm2.json")["rows"]
+    keys = ("kl", "sequential_kl", "ppl", "sequential_ppl")
+    digits = (4, 4, 2, 2)
+    lines = [[f"{r['sparsity']:g}", *(f"{r[k]:.{n}f}" for k, n in zip(keys, digits))] for r in rows]
+    head = ["uniform sparsity", "KL, default", "KL, `--sequential`"]
+    return markdown([*head, "perplexity, default", "perplexity, `--sequential`"], lines)
+
+
+def stages():
+    rows = read_json(RESULTS / "stages-smollm2.json")["rows"]
+    lines = [[r["stage"], f"{r['ratio']:.2f}", r["against"], r["bar"]] for r in rows]
+    return markdown(["stage", "ratio", "against", "bar"], lines)
+
+
+def slopes():
+    rows = read_json(RESULTS / "stages-smollm2.json")["slopes"]
+    lines = []
+    for r in rows:
+        times = ", ".join(f"{n}: {t:.4f}" for n, t in zip(r["sizes"], r["seconds"]))
+        lines.append([r["cost"], r["over"], f"{r['slope']:.2f}", times])
+    return markdown(["cost", "grows with", "slope", "seconds at each size"], lines)
+
+
+BLOCKS = {
+    block.__name__.replace("_", "-"): block
+    for block in (
+        tiny,
+        tiny_verdict,
+        tiny_seeds,
+        tiny_run,
+        by_method,
+        outcomes,
+        compare_tiny,
+        compare_tiny_says,
+        compare_tiny_paired,
+        compare_tiny_full,
+        compare_tiny_full_says,
+        compare_smollm2,
+        compare_smollm2_says,
+        compare_smollm2_paired,
+        compare_smollm2_at,
+        tasks_smollm2,
+        long_smollm2,
+        long_smollm2_says,
+        smollm2_run,
+        smollm2_run_verdict,
+        sequential,
+        stages,
+        slopes,
+    )
+}
+
+
+# ------------------------------------------------------------------------------------ the pages
+def fill(page):
+    """The text of a page with every block made anew."""
+
+    def made(match):
+        if match[1] not in BLOCKS:
+            raise Refused(f"no table is called {match[1]}: tables.py has {', '.join(BLOCKS)}")
+        return f"<!-- table:{match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table:([\w-]+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def write():
+    """Rewrite the blocks of both pages; returns the names of those that changed."""
+    changed = []
+    for name in PAGES:
+        page = (ROOT / name).read_text(encoding="utf-8")
+        filled = fill(page)
+        if filled != page:
+            write_text(ROOT / name, filled)
+            changed.append(name)
+    return changed

@@ -1,0 +1,383 @@
+"""
+Texts, perplexity, KL and zero-shot tasks: against plain loops, by hand, and on the command line.
+
+Run       pytest test_eval.py        (each tolerance has its dtype beside it)
+"""
+
+import itertools
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import eval as evaluation
+import llama
+from conftest import CPU, ROOT, call, random_model
+from llama import load_llama
+from prune import Pruner
+from unicuco import log_divergence
+
+
+def test_wikitext_rows_are_joined_like_the_hugging_face_data_set():
+    assert evaluation.wikitext(" \n = A = \n \n text\n") == "\n\n".join(
+        ["", " = A = \n", "", " text\n"]
+    )
+
+
+def test_perplexity_equals_a_plain_loop_whatever_the_batch(small, tokens, monkeypatch):
+    model, flat = load_llama(small)[0], tokens.flatten()[:1000]
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(w[None])[0, :-1], w[1:], reduction="sum")
+            for w in flat[:960].view(-1, 64)
+        ]
+    expected = math.exp(sum(map(float, losses)) / (15 * 63))
+    for batch, chunk in ((2048, 2**22), (64, 2**13), (200, 2**20)):
+        monkeypatch.setattr(evaluation, "BATCH", batch)
+        monkeypatch.setattr(evaluation, "CHUNK", chunk)
+        # float32
+        assert evaluation.perplexity(model, flat, 64) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="shorter than one window"):
+        evaluation.perplexity(model, flat[:63], 64)
+
+
+def test_divergence_is_0_for_the_dense_model_and_equals_kl_div_for_a_pruned_one(small, tokens):
+    model, _ = load_llama(small)
+    divergence = evaluation.Divergence(model, tokens)
+    with torch.no_grad():
+        dense = model(tokens).double().log_softmax(-1)
+    pruner = Pruner(model, tokens)
+    assert divergence() == 0
+    pruner.apply([0.5, 0.1, 0.6])
+    with torch.no_grad():
+        pruned = model(tokens).double().log_softmax(-1)
+    expected = (
+        torch.nn.functional.kl_div(pruned, dense, log_target=True, reduction="sum") / tokens.numel()
+    )
+    kl, ppl = divergence.measure()
+    # float32
+    assert kl == pytest.approx(float(expected), rel=1e-4) and kl == divergence()
+    assert ppl == pytest.approx(evaluation.perplexity(model, tokens.flatten(), 64), rel=1e-6)
+    pruner.restore()
+    assert divergence() == 0
+
+
+def test_zero_shot_prompts_are_those_of_the_harness():
+    row = dict(
+        activity_label="Roof",
+        ctx_a="A man [step] sits.",
+        ctx_b="he",
+        endings=["[title] up  now [x].", " stays [title] ok"],
+        label=1,
+    )
+    contexts, endings, lengths, gold = evaluation.prompts("hellaswag", row)
+    assert contexts == ["Roof: A man sits. He"] * 2 and endings == ["  up now .", " stays. ok"]
+    assert lengths == [9, 9] and gold == 1
+    row = dict(sentence="Ann beat Eve so _ won.", option1="Ann", option2="Eve", answer="2")
+    assert evaluation.prompts("winogrande", row) == (
+        ["Ann beat Eve so Ann", "Ann beat Eve so Eve"],
+        [" won."] * 2,
+        None,
+        1,
+    )
+    row = dict(question="Why?", choices=dict(text=["a", "bc"], label=["1", "2"]), answerKey="2")
+    assert evaluation.prompts("arc_easy", row) == (
+        ["Question: Why?\nAnswer:"] * 2,
+        [" a", " bc"],
+        [1, 2],
+        1,
+    )
+
+
+def test_zero_shot_picks_the_likelier_choice_by_a_plain_loop(small):
+    model, tokenizer = load_llama(small)
+    rows = [
+        dict(goal=f"import {a}", sol1=f"{b} of it", sol2=f"the {c} is long", label=0)
+        for a, b, c in itertools.product("xyz", "pq", "uv")
+    ]
+    result = evaluation.zero_shot(model, tokenizer, "piqa", rows)
+    for row, chosen, normed in zip(rows, result["predictions"], result["predictions_norm"]):
+        scores = []
+        for choice in (row["sol1"], row["sol2"]):
+            context = [tokenizer.bos_id] + tokenizer.encode(f"Question: {row['goal']}\nAnswer:")
+            ids = torch.tensor(
+                [tokenizer.bos_id] + tokenizer.encode(f"Question: {row['goal']}\nAnswer: {choice}")
+            )
+            with torch.no_grad():
+                logp = model(ids[None])[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            scores.append(float(logp[len(context) - 1 :].sum()))
+        assert chosen == int(np.argmax(scores))
+        assert normed == int(
+            np.argmax([scores[0] / len(row["sol1"]), scores[1] / len(row["sol2"])])
+        )
+    assert result["acc"] == np.mean(np.equal(result["predictions"], 0))
+
+
+def test_kl_perplexity_bits_and_choices_do_not_depend_on_how_tokens_are_batched(
+    tokens, monkeypatch
+):
+    model, g = random_model(), torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randint(3, 512, (n,), generator=g).tolist(), n // 3 + 1)
+        for n in (4, 9, 9, 30, 127, 140, 200)
+    ]
+    pruner, results = Pruner(model, tokens), []
+    for batch, chunk in ((2048, 2**23), (64, 512), (200, 2**14), (1, 1)):
+        monkeypatch.setattr(evaluation, "BATCH", batch)
+        monkeypatch.setattr(evaluation, "CHUNK", chunk)
+        pruner.restore()
+        divergence = evaluation.Divergence(model, tokens)
+        pruner.apply([0.3, 0.5, 0.4])
+        results.append(
+            [
+                *divergence.measure(),
+                evaluation.perplexity(model, tokens.flatten(), 64),
+                evaluation.bits_per_byte(model, tokens.flatten()[:700], 2000, 1, 64),
+                *evaluation.log_likelihoods(model, pairs).tolist(),
+            ]
+        )
+    for other in results[1:]:
+        # float32
+        assert other == pytest.approx(results[0], rel=1e-5)
+
+
+def test_log_likelihoods_and_bits_per_byte_equal_plain_loops(tokens):
+    model, g = random_model(), torch.Generator().manual_seed(0)
+
+    # of every token but the first, given those before it
+    def logp(ids):
+        with torch.no_grad():
+            return (
+                model(torch.tensor([ids]))[0, :-1]
+                .double()
+                .log_softmax(-1)
+                .gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            )
+
+    pairs = [
+        (torch.randint(3, 512, (n,), generator=g).tolist(), c)
+        for n, c in ((5, 1), (5, 4), (64, 20), (128, 3), (129, 7), (160, 12))
+    ]
+    # 128 positions, and the last target
+    expected = [float(logp(ids[-129:])[-count:].sum()) for ids, count in pairs]
+    # float32
+    assert evaluation.log_likelihoods(model, pairs).tolist() == pytest.approx(expected, rel=1e-5)
+    ids = tokens.flatten()[:150].tolist()
+    # the last window is shorter
+    total = sum(float(logp([1, *ids[i : i + 64]]).sum()) for i in (0, 64, 128))
+    assert evaluation.bits_per_byte(model, torch.tensor(ids), 400, 1, 64) == pytest.approx(
+        -total / math.log(2) / 400, rel=1e-5
+    )
+
+
+def test_a_text_and_a_question_open_with_exactly_one_begin_token():
+    tokenizer = llama.Tokenizer(ROOT / "tiny", 4096)
+    ids = evaluation.tokenise(tokenizer, ["import os\n", "x = 1\n"])
+    assert ids.tolist() == [
+        tokenizer.bos_id,
+        *tokenizer.encode("import os\n"),
+        *tokenizer.encode("x = 1\n"),
+    ]
+    # the space goes with the continuation
+    whole, count = evaluation.encode_pair(tokenizer, "import ", "os, sys")
+    assert whole == [tokenizer.bos_id, *tokenizer.encode("import os, sys")]
+    assert whole[:-count] == [tokenizer.bos_id, *tokenizer.encode("import")]
+
+
+def test_normalised_accuracy_divides_by_characters_not_by_tokens(monkeypatch):
+    tokenizer, row = (
+        llama.Tokenizer(ROOT / "tiny", 4096),
+        dict(goal="x", sol1="import os, import sys", sol2="\x00\x01\x02", label=0),
+    )
+    monkeypatch.setattr(
+        evaluation,
+        "log_likelihoods",
+        lambda model, pairs, label: torch.tensor([-14.0, -3.0], dtype=torch.float64),
+    )
+    result = evaluation.zero_shot(None, tokenizer, "piqa", [row])
+    # per character -14 / 21 and -3 / 3; per token the second would win, for each of its characters
+    # is one
+    assert (
+        result["predictions"] == [1]
+        and result["predictions_norm"] == [0]
+        and (result["acc"], result["acc_norm"]) == (0, 1)
+    )
+
+
+def test_standard_errors_equal_scipys_and_no_token_is_both_chosen_on_and_tested_on(tmp_path):
+    right = np.array([1.0, 0, 0, 1, 1, 1])
+    assert evaluation.standard_error(right) == pytest.approx(
+        scipy.stats.sem(right), rel=1e-12
+    ) and math.isnan(evaluation.standard_error([1.0]))
+    tokenizer = llama.Tokenizer(ROOT / "tiny", 4096)
+    (tmp_path / "one.txt").write_text(" ".join(map(str, range(2000))))
+    (tmp_path / "many.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"document {i} of ten " * 20}) for i in range(10))
+    )
+    for name in ("one.txt", "many.jsonl"):
+        windows, held_out = evaluation.load_texts(tokenizer, tmp_path / name, None, 16)
+        unseen = next(iter(held_out.values()))
+        assert not {tuple(w) for w in windows.tolist()} & {tuple(w) for w in unseen.tolist()}
+        assert 3 < len(windows) / len(unseen) < 5
+        parts = evaluation.draw(windows, [5, 7, 3], seed=0)
+        assert [len(p) for p in parts] == [5, 7, 3] and len(
+            {tuple(w) for p in parts for w in p.tolist()}
+        ) == 15
+    with pytest.raises(ValueError, match="are needed"):
+        evaluation.draw(windows, [len(windows), 1], seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kl_is_0_for_the_dense_model_and_positive_for_any_pruned_one(tokens, dtype):
+    model, g = random_model(dtype=dtype), torch.Generator().manual_seed(0)
+    divergence, pruner = evaluation.Divergence(model, tokens), Pruner(model, tokens)
+    assert divergence() == 0
+    for _ in range(10):
+        strategy = torch.rand(3, generator=g) * 0.9 + 0.02
+        pruner.apply(strategy)
+        kl, ppl = divergence.measure()
+        assert 0 < kl < 100 and 1 < ppl < math.inf
+    pruner.apply([0.0] * 3)
+    assert divergence() == 0
+
+
+@pytest.mark.parametrize(
+    "dtype,ruin",
+    [
+        (torch.float32, math.nan),
+        (torch.float32, 3e38),
+        (torch.bfloat16, 3e38),
+        (torch.float16, 6e4),
+    ],
+)
+def test_nan_weights_and_overflowing_activations_give_a_kl_that_is_not_finite_never_a_small_one(
+    tokens, dtype, ruin
+):
+    model = random_model(dtype=dtype)
+    divergence = evaluation.Divergence(model, tokens)
+    model.blocks[1].mlp.down_proj.weight.data.fill_(ruin)
+    kl, ppl = divergence.measure()
+    assert not math.isfinite(kl) and math.isnan(ppl) and log_divergence(kl) == math.log(100)
+    with pytest.raises(ValueError, match="overflow"):
+        Pruner(model, tokens)
+
+
+def test_eval_prints_the_perplexity_the_kl_and_the_bits_that_its_functions_give(
+    small, pruned, text, capsys
+):
+    assert (
+        call(
+            evaluation,
+            "--model",
+            pruned,
+            "--dense",
+            small,
+            "--data",
+            text,
+            "--seqlen",
+            64,
+            "--tokens",
+            1000,
+            "--bits",
+            "--accelerate",
+            *CPU,
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    (dense, tokenizer), model = load_llama(small), load_llama(pruned)[0]
+    tokens = evaluation.tokenise(tokenizer, evaluation.read_documents(text))
+    divergence = evaluation.Divergence(dense, evaluation.cut(tokens[:1000], 64))
+    kl = divergence(model)
+    assert f"KL {kl:.6f} nats per token, KL(small || pruned)" in printed and kl > 0
+    assert (
+        f"perplexity {evaluation.perplexity(model, tokens[:1000], 64):.4f}  pruned on text.py: 15"
+        " windows of 64, 945 tokens scored" in printed
+    )
+    size = len(text.read_bytes())
+    assert (
+        f"bits per byte {evaluation.bits_per_byte(model, tokens[1:], size, 1, 64):.4f} over"
+        f" {size} bytes" in printed
+    )
+    assert "no speed-up on cpu" in printed
+
+
+def test_eval_prints_zero_shot_accuracies_with_paired_differences_which_are_0_from_itself(
+    small, text, tasks, capsys
+):
+    assert (
+        call(
+            evaluation,
+            "--model",
+            small,
+            "--dense",
+            small,
+            "--data",
+            text,
+            "--seqlen",
+            64,
+            "--tokens",
+            128,
+            "--tasks",
+            tasks,
+            "--limit",
+            3,
+            *CPU,
+        )
+        == 0
+    )
+    # as the dense model, then as the model
+    first, second = capsys.readouterr().out.split("model small:\n")[1:]
+    lines = re.findall(
+        r"^(\w+) +(acc\w*) +([\d.]+) ± ([\d.]+)  \(3 documents\)   ([+-][\d.]+) ± ([\d.]+) paired",
+        second,
+        re.M,
+    )
+    assert [(task, metric) for task, metric, *_ in lines] == [
+        (t, m)
+        for t in evaluation.TASKS
+        for m in ("acc", "acc_norm")
+        if (t, m) != ("winogrande", "acc_norm")
+    ]
+    assert (
+        all(float(change) == float(error) == 0 for *_, change, error in lines)
+        and "paired" not in first
+    )
+    model, tokenizer = load_llama(small)
+    results = {
+        t: evaluation.zero_shot(model, tokenizer, t, evaluation.read_rows(tasks, t))
+        for t in evaluation.TASKS
+    }
+    for task, metric, value, error, *_ in lines:
+        right = np.equal(
+            results[task]["predictions" if metric == "acc" else "predictions_norm"],
+            results[task]["gold"],
+        )
+        assert float(value) == pytest.approx(right.mean(), abs=5e-5) and float(
+            error
+        ) == pytest.approx(np.std(right, ddof=1) / 3**0.5, abs=5e-5)
+    assert f"{np.mean([r['acc'] for r in results.values()]):.4f}" in second.split("average")[1]
+
+
+def test_a_forward_pass_is_timed_and_bad_arguments_of_eval_are_one_line(small, text, tasks, capsys):
+    assert evaluation.seconds(load_llama(small)[0], torch.full((1, 8), 5), repeats=2) > 0
+    (tasks / evaluation.TASKS["hellaswag"]).write_text("")
+    (tasks / "broken").mkdir()
+    for words in (
+        ("--limit", 1),
+        ("--seqlen", 129),
+        ("--tasks", tasks / "broken"),
+        ("--tasks", tasks),
+        ("--data", tasks),
+        ("--dense", tasks),
+    ):
+        assert call(evaluation, "--model", small, "--data", text, *words, *CPU) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    with pytest.raises(ValueError, match="is not one of"):
+        evaluation.zero_shot(None, None, "chess", [])
+    with pytest.raises(ValueError, match="does not have the task's fields"):
+        evaluation.zero_shot(None, None, "piqa", [{"goal": "x"}])

@@ -1,0 +1,524 @@
+"""
+Scores, ranks, masks and counts: worked by hand, by property, and on the command line.
+
+Run       pytest test_prune.py        (each tolerance has its dtype beside it)
+"""
+
+import json
+import math
+import re
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+import prune
+import request
+import unicuco
+from conftest import CPU, ROOT, call, random_model, relative, run_script, seeds, steady, write_small
+from eval import Divergence
+from llama import load_llama, save_llama
+from model import LINEARS
+from offload import offload_blocks
+from patterns import pattern_masks
+from prune import METRICS, Pruner, keep_mask, rank
+
+
+def test_wanda_differs_from_magnitude_on_a_case_worked_by_hand():
+    W, x_norm = torch.tensor([[3.0, -1.0, 2.0], [1.0, 4.0, -1.0]]), torch.tensor([1.0, 5.0, 1.0])
+    # scores [[3, 5, 2], [1, 20, 1]]: row 0 loses the 2 (magnitude would lose the -1); row 1 ties,
+    # the first column goes
+    assert keep_mask(METRICS["wanda"](W, x_norm), 1 / 3).int().tolist() == [[1, 1, 0], [0, 1, 1]]
+    assert keep_mask(METRICS["magnitude"](W, x_norm), 1 / 3).int().tolist() == [
+        [1, 0, 1],
+        [0, 1, 1],
+    ]
+
+
+def test_masks_drop_exact_counts_in_stable_order_and_are_nested():
+    score = (
+        torch.randn(7, 100, generator=torch.Generator().manual_seed(0)).abs() * 4
+    ).round()  # many ties
+    order = score.argsort(dim=1, stable=True)
+    assert torch.equal(rank(score).long().gather(1, order), torch.arange(100).expand(7, -1))
+    previous = torch.ones(7, 100, dtype=torch.bool)
+    for k in range(100):
+        mask = keep_mask(score, k / 100)
+        assert ((~mask).sum(1) == k).all() and not (mask & ~previous).any()
+        previous = mask
+    assert keep_mask(score, 0.9999).sum(1).tolist() == [1] * 7
+    for wrong in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError):
+            keep_mask(score, wrong)
+    with pytest.raises(ValueError, match="NaN"):
+        rank(score * math.nan)
+
+
+def test_activation_norms_equal_those_seen_by_hooks(small, tokens):
+    model, _ = load_llama(small)
+    seen, hooks = {}, []
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            hooks.append(
+                module.register_forward_hook(
+                    lambda m, args, out, name=name: seen.__setitem__(
+                        name + ".weight", args[0].double().flatten(0, 1).square().sum(0).sqrt()
+                    )
+                )
+            )
+    with torch.no_grad():
+        model(tokens)
+    norms = prune.activation_norms(model, tokens)
+    assert norms.keys() == seen.keys() and all(
+        relative(norms[n].double(), seen[n]) < 1e-5 for n in seen
+    )  # float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_applying_a_strategy_sets_plus_zero_and_counts_exactly_and_restoring_brings_all_back(
+    small, tokens, dtype
+):
+    model, _ = load_llama(small, dtype=dtype)
+    before, pruner = {n: p.clone() for n, p in model.named_parameters()}, Pruner(model, tokens)
+    for strategy in ([0.0, 0.5, 0.99], [0.3, 0.3, 0.3]):
+        pruner.apply(strategy)
+        masks = pruner.masks(strategy)
+        for name, p in model.named_parameters():
+            kept = masks.get(name, torch.ones((), dtype=torch.bool))
+            assert (
+                torch.equal(p, torch.where(kept, before[name], 0))
+                and not (p[~kept.expand_as(p)].signbit()).any()
+            )
+        dropped = sum(int((~m).sum()) for m in masks.values())
+        assert pruner.sparsity(strategy) == dropped / sum(m.numel() for m in masks.values())
+    pruner.restore()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    for wrong in ([0.5] * 2, [0.5, 0.5, 1.0], [0.5, math.nan, 0.1]):
+        with pytest.raises(ValueError):
+            pruner.apply(wrong)
+
+
+def test_pruned_in_bfloat16_saved_weights_are_the_sources_bit_for_bit_and_transformers_computes_the_same(
+    tmp_path, tokens
+):
+    transformers = pytest.importorskip("transformers")
+    source = write_small(tmp_path / "source", dtype=torch.float16)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, :8] = torch.tensor(
+        [-0.0, 0.0, 6e-8, -6e-8, 1, 2, 3, 4]
+    ).half()
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    model, _ = load_llama(source, dtype=torch.bfloat16)
+    pruner = Pruner(model, tokens)
+    strategy = torch.tensor([0.2, 0.5, 0.7])
+    pruner.apply(strategy)
+    save_llama(model, tmp_path / "with masks", source, pruner.masks(strategy))
+    save_llama(model, tmp_path / "without", source)
+    for folder in ("with masks", "without"):
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        assert saved.keys() == weights.keys()
+        for name, kept in pruner.masks(strategy).items():
+            bits, original = saved[name].view(torch.int16), weights[name].view(torch.int16)
+            assert torch.equal(
+                bits,
+                torch.where(kept, original, 0)
+                if folder == "with masks"
+                else torch.where(kept | (weights[name] == 0), original, 0),
+            ), name
+        assert all(
+            torch.equal(saved[n], weights[n]) for n in weights if n not in pruner.masks(strategy)
+        )
+    again = load_llama(tmp_path / "with masks")[0]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "with masks", dtype=torch.float32
+    )
+    with torch.no_grad():
+        assert relative(again(tokens), theirs(tokens).logits) < 1e-4  # float32
+
+
+def test_strategy_for_meets_the_counted_sparsity_of_uniform_for_any_stratnet(small, tokens):
+    pruner, g = Pruner(load_llama(small)[0], tokens), torch.Generator().manual_seed(0)
+    for scale in (0.1, 1, 1e6):  # 1e6 saturates every output
+        net = unicuco.StratNet(3)
+        for p in net.parameters():
+            p.data = torch.randn(p.shape, generator=g, dtype=p.dtype) * scale / p.shape[-1] ** 0.5
+        for s in (0.0, 0.01, 0.3, 0.5, 0.77, 0.9):
+            x = unicuco.strategy_for(net, s, pruner.sparsity)
+            assert (
+                abs(pruner.sparsity(x) - pruner.sparsity([s] * 3)) <= 1 / (3 * 64)
+                and x.min() >= 0
+                and x.max() <= 0.9
+            )
+    for s in (-0.1, 0.91, math.nan):
+        with pytest.raises(ValueError):
+            unicuco.strategy_for(net, s, pruner.sparsity)
+
+
+@pytest.fixture(scope="module")
+def pruner(tokens):
+    return Pruner(random_model(), tokens)
+
+
+@steady
+@given(seeds, st.integers(1, 6), st.integers(1, 130), st.floats(0, 0.9999), st.floats(0, 0.9999))
+def test_a_higher_sparsity_drops_a_superset_whatever_the_scores_ties_included(
+    seed, rows, columns, low, high
+):
+    score = (
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).abs() * 3
+    ).round() * 0.1
+    score[:, columns // 2 :] = torch.nextafter(
+        score[:, : columns - columns // 2], torch.tensor(0.0)
+    )  # neighbours in float32, out of order
+    assert torch.equal(
+        prune.rank(score).long().gather(1, score.argsort(dim=1, stable=True)),
+        torch.arange(columns).expand(rows, -1),
+    )
+    low, high = sorted((low, high))
+    fewer, more = keep_mask(score, low), keep_mask(score, high)
+    assert not (more & ~fewer).any()
+    for mask, sparsity in ((fewer, low), (more, high)):
+        k = math.floor(
+            Fraction(sparsity) * columns + Fraction(1, 10**6)
+        )  # the count, in exact arithmetic
+        assert abs(int((~mask).sum()) / rows - k) <= (
+            abs(Fraction(sparsity) * columns + Fraction(1, 10**6) - round(sparsity * columns))
+            < 1e-9
+        )
+        assert (~mask).sum(1).unique().numel() == 1
+        worst_kept, best_dropped = (
+            score.masked_fill(~mask, math.inf).amin(1),
+            score.masked_fill(mask, -1).amax(1),
+        )
+        assert (best_dropped <= worst_kept).all()
+
+
+@steady
+@given(
+    st.lists(st.floats(0, 0.99), min_size=3, max_size=3),
+    st.lists(st.floats(0, 0.99), min_size=3, max_size=3),
+)
+def test_counted_sparsity_equals_counted_mask_entries_and_counted_zeros_and_masks_are_nested(
+    pruner, a, b
+):
+    low, high = [min(p) for p in zip(a, b)], [max(p) for p in zip(a, b)]
+    for strategy in (low, high):
+        masks = pruner.masks(strategy)
+        assert pruner.dropped_per_row(strategy).tolist() == [
+            [prune.weights_to_drop(x, int(d_in)) for d_in in pruner.d_in] for x in strategy
+        ]
+        dropped, total = (
+            sum(int((~m).sum()) for m in masks.values()),
+            sum(m.numel() for m in masks.values()),
+        )
+        pruner.apply(strategy)
+        zeros = sum(int((W == 0).sum()) for block in pruner.live for W in block)
+        assert (
+            pruner.sparsity(strategy) == dropped / total == zeros / total
+            and pruner.mask_sparsity(masks) == dropped / total
+        )
+    fewer = pruner.masks(low)
+    assert not any((masks[n] & ~fewer[n]).any() for n in masks)
+    pruner.restore()
+
+
+def test_activation_norms_do_not_depend_on_how_the_calibration_tokens_are_batched(
+    tokens, monkeypatch
+):
+    model = random_model()
+    whole = prune.activation_norms(model, tokens)
+    monkeypatch.setattr(evaluation, "BATCH", 128)  # two windows at a time
+    parts = prune.activation_norms(model, tokens)
+    assert whole.keys() == parts.keys()
+    assert all(torch.allclose(whole[n], parts[n], rtol=1e-5, atol=0) for n in whole)  # float32
+
+
+def test_a_block_without_activations_is_pruned_in_column_order_with_exact_counts(tokens):
+    model = random_model()
+    model.blocks[1].input_layernorm.weight.data.zero_()  # q, k and v see zeros only, and so does o
+    pruner = Pruner(model, tokens)
+    pruner.apply([0.5, 0.3, 0.5])
+    for name in LINEARS[:4]:
+        W = model.blocks[1].get_submodule(name).weight
+        assert (W[:, :19] == 0).all() and (W[:, 19:] != 0).all()  # int(0.3 * 64) = 19
+    assert pruner.sparsity([0.5, 0.3, 0.5]) == sum(
+        int((W == 0).sum()) for b in pruner.live for W in b
+    ) / sum(W.numel() for b in pruner.live for W in b)
+
+
+def test_offloaded_blocks_compute_rank_and_prune_bit_for_bit_like_resident_ones(small, tokens):
+    results = []
+    for offload in (False, True):
+        model, _ = load_llama(small)
+        if offload:
+            offload_blocks(model, "cpu")
+        divergence, pruner = Divergence(model, tokens), Pruner(model, tokens)
+        pruner.apply([0.2, 0.5, 0.7])
+        results.append(
+            (
+                divergence.measure(),
+                [r for block in pruner.ranks for r in block],
+                dict(model.named_parameters()),
+            )
+        )
+    (kl, ranks, weights), (kl_, ranks_, weights_) = results
+    assert kl == kl_ and kl[0] > 0 and weights.keys() == weights_.keys()
+    assert all(map(torch.equal, ranks, ranks_)) and all(
+        torch.equal(weights[n], weights_[n]) for n in weights
+    )
+
+
+def test_sequential_ranks_equal_those_of_a_model_whose_earlier_blocks_are_pruned_already(
+    small, tokens
+):
+    model, _ = load_llama(small)
+    pruner = Pruner(model, tokens)
+    dense_ranks = [[r.clone() for r in block] for block in pruner.ranks]
+    pruner.apply_sequential([0.4, 0.5, 0.6], tokens)
+    assert all(map(torch.equal, pruner.ranks[0], dense_ranks[0])) and not all(
+        map(torch.equal, pruner.ranks[2], dense_ranks[2])
+    )
+    by_hand, _ = load_llama(small)
+    for i in range(3):  # prune block 0, measure, prune block 1, measure, prune block 2
+        again = Pruner(by_hand, tokens)
+        assert all(map(torch.equal, again.ranks[i], pruner.ranks[i]))
+        again.apply([[0.4, 0.5, 0.6][j] if j == i else 0 for j in range(3)])
+    assert all(torch.equal(p, q) for p, q in zip(by_hand.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("keep,group", [(2, 4), (4, 8)])
+def test_semi_structured_masks_keep_the_best_of_every_group_in_the_blocks_that_are_pruned_most(
+    keep, group
+):
+    model, _ = load_llama(ROOT / "tiny")
+    pruner = Pruner(
+        model, torch.randint(3, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
+    )
+    strategy = torch.linspace(
+        0.1, 0.5, 12, dtype=torch.float64
+    )  # mean 0.3: ceil(2 * 12 * 0.3) = 8 blocks
+    masks = pattern_masks(pruner, strategy, keep, group)
+    assert {name.split(".")[2] for name in masks} == set(map(str, range(4, 12))) and len(
+        masks
+    ) == 8 * len(LINEARS)
+    assert pruner.mask_sparsity(masks) == pytest.approx(8 / 24)
+    for i, (names, ranks) in enumerate(zip(pruner.names[4:], pruner.ranks[4:])):
+        for name, r in zip(names, ranks):
+            best = r.view(len(r), -1, group).topk(keep, dim=-1).indices
+            assert torch.equal(
+                masks[name].view(len(r), -1, group).nonzero()[:, -1].view(best.shape),
+                best.sort(-1).values.long(),
+            )
+    pruner.apply_masks(masks)
+    assert all(((dict(model.named_parameters())[n] != 0) <= m).all() for n, m in masks.items())
+    with pytest.raises(ValueError, match="half of a block"):
+        pattern_masks(pruner, [0.6] * 12, keep, group)
+
+
+def options(small, text):
+    return (
+        "--model",
+        small,
+        "--data",
+        text,
+        "--seqlen",
+        64,
+        "--calibration",
+        4,
+        "--tokens",
+        128,
+        *CPU,
+    )
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_packed_then_unpacked_is_what_plain_pruning_writes_offloaded_or_not(
+    small, text, tmp_path, capsys
+):
+    asked = (*options(small, text), "--uniform", "--sparsity", 0.5)
+    for name, more in (("plain", ()), ("packed", ("--packed",)), ("offloaded", ("--offload",))):
+        assert call(prune, *asked, "--out", tmp_path / name, *more) == 0
+    assert call(prune, "--unpack", tmp_path / "packed", "--out", tmp_path / "again") == 0
+    plain = weights(tmp_path / "plain")
+    for name in ("again", "offloaded"):
+        other = weights(tmp_path / name)
+        assert plain.keys() == other.keys() and all(
+            torch.equal(plain[n].view(torch.int32), other[n].view(torch.int32)) for n in plain
+        )
+    saved = (tmp_path / "plain" / "model.safetensors").stat().st_size - (
+        tmp_path / "packed" / "model.safetensors"
+    ).stat().st_size
+    assert (
+        0.97
+        <= saved
+        / (
+            sum(W.numel() for n, W in plain.items() if n.endswith("_proj.weight"))
+            * (0.5 * 4 - 1 / 8)
+        )
+        <= 1
+    )  # float32; headers
+    assert f"wrote {tmp_path / 'again'}" in capsys.readouterr().out
+    before = (tmp_path / "plain" / "model.safetensors").read_bytes()
+    assert (
+        call(
+            prune,
+            *options(small, text),
+            "--uniform",
+            "--sparsity",
+            0.7,
+            "--out",
+            tmp_path / "plain",
+            "--force",
+        )
+        == 0
+    )
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() != before
+    assert not [
+        p for p in tmp_path.iterdir() if p.name.startswith(".")
+    ]  # nothing half-done is left
+
+
+def test_a_dry_run_writes_nothing_and_json_stands_alone_on_standard_output(
+    small, text, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    asked = (
+        *options(small, text),
+        "--uniform",
+        "--sparsity",
+        0.25,
+        0.5,
+        "--max-kl",
+        0.5,
+        "--out",
+        out,
+    )
+    assert call(prune, *asked, "--dry-run", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [r["request"] for r in rows] == ["0.25", "0.5", "kl-0.5"] and not out.exists()
+    assert (
+        [r["sparsity"] for r in rows[:2]] == [0.25, 0.5]
+        and rows[0]["kl"] < rows[1]["kl"]
+        and 0 < rows[2]["kl"] <= 0.5
+    )
+    assert call(prune, *options(small, text), "--uniform", "--sparsity", 0.25, "--dry-run") == 0
+    assert re.search(r"^ +blocks 0.25 0.25 0.25$", capsys.readouterr().out, re.M)
+
+
+def test_a_pattern_and_a_sequential_run_keep_the_counts_that_they_print(small, text, tmp_path):
+    for name, more in (("pattern", ("--pattern", "2:4")), ("sequential", ("--sequential",))):
+        assert (
+            call(
+                prune,
+                *options(small, text),
+                "--uniform",
+                "--sparsity",
+                0.5,
+                "--out",
+                tmp_path / name,
+                *more,
+            )
+            == 0
+        )
+        pruned = {n: W for n, W in weights(tmp_path / name).items() if n.endswith("_proj.weight")}
+        zeros = sum(int((W == 0).sum()) for W in pruned.values()) / sum(
+            W.numel() for W in pruned.values()
+        )
+        assert (
+            json.loads((tmp_path / name / "strategy.json").read_text())["counted"] == zeros == 0.5
+        )
+        if name == "pattern":
+            assert all(((W.view(-1, 4) != 0).sum(1) == 2).all() for W in pruned.values())
+
+
+def test_requests_that_contradict_each_other_are_one_line_before_anything_is_read(
+    small, text, tmp_path, capsys
+):
+    (tmp_path / "bad.jsonl").write_text('{"sparsity": 0.3}\nnonsense')
+    base, half = options(small, text), ("--sparsity", 0.5)
+    for words in (
+        (),
+        ("--sparsity", 0.5, 0.50),
+        (*half, "--max-kl", 1, "--sequential"),
+        (*half, "--sequential", "--pattern", "2:4"),
+        ("--max-kl", 1, "--pattern", "2:4"),
+        ("--unpack", small),
+        ("--requests", tmp_path / "bad.jsonl"),
+        ("--requests", tmp_path / "none.jsonl"),
+        (*half,),
+        (*half, "--seqlen", 500),
+        ("--preference", 0.5, "--uniform"),
+        ("--sparsity", 0.7, "--uniform", "--pattern", "2:4"),
+        (*half, "--uniform", "--calibration", 10**6),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)  # where no StratNet of an earlier run is found
+            assert call(prune, *base, *words) == 2, words
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and not (tmp_path / "out").exists(), words
+    with pytest.raises(ValueError, match="metric"):
+        prune.Pruner(load_llama(small)[0], torch.full((1, 8), 5), "luck")
+    with pytest.raises(request.Unreachable, match="sparsity 0.9 has 7 bytes"):
+        surrogate = request.Surrogate(
+            curve=lambda s: torch.full((3,), s), net=None, gp=None, measure=None, size=lambda x: 7
+        )
+        request.strategy_of(request.parse_request({"max_size": "3"}), surrogate)
+
+
+@pytest.mark.slow
+def test_prune_serves_a_request_with_the_stratnet_that_train_made_and_without_one(
+    small, text, tmp_path
+):
+    common = (
+        "--model",
+        small,
+        "--data",
+        text,
+        "--calibration",
+        4,
+        "--seqlen",
+        64,
+        "--device",
+        "cpu",
+    )
+    made = run_script(
+        "train.py",
+        *common,
+        "--initial",
+        5,
+        "--rounds",
+        2,
+        "--batch",
+        2,
+        "--tokens",
+        128,
+        "--test-tokens",
+        128,
+        "--out",
+        tmp_path / "run",
+    )
+    assert made.returncode == 0, made.stderr
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 12
+    asked = (
+        *common,
+        "--tokens",
+        128,
+        "--sparsity",
+        0.5,
+        "--stratnet",
+        tmp_path / "run" / "stratnet.safetensors",
+    )
+    done = run_script("prune.py", *asked, "--out", tmp_path / "learned")
+    assert done.returncode == 0, done.stderr
+    for name, method in (("uniform", ("--uniform",)), ("coarse", ("--rank-bits", 8))):
+        assert call(prune, *asked, "--out", tmp_path / name, *method) == 0
+    for name in ("learned", "uniform", "coarse"):
+        record = json.loads((tmp_path / name / "strategy.json").read_text())
+        assert abs(record["counted"] - 0.5) < 0.01 and load_llama(tmp_path / name)

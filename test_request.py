@@ -1,0 +1,137 @@
+"""
+Wishes of every kind, and files of them.
+
+Run       pytest test_request.py        (each tolerance has its dtype beside it)
+"""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import request
+from checks import fuzz
+from conftest import ROOT, refuses
+from eval import read_documents
+from llama import load_llama
+from request import parse_request, read_requests
+
+
+class Guess:
+    """A surrogate of one function: strategy -> log KL."""
+
+    def __init__(self, log_kl):
+        self.log_kl = log_kl
+
+    def posterior(self, x):
+        return torch.tensor([float(self.log_kl(x[0]))]), None
+
+
+def test_a_wish_for_a_kl_is_met_though_the_surrogate_is_wrong_and_more_sparsity_ruins_the_model():
+    curve = lambda s: torch.full((4,), s, dtype=torch.float64)
+    truth = lambda x: (
+        2 * float(x.mean()) ** 2 if x.mean() < 0.6 else math.nan
+    )  # the largest with KL 0.5 is at 0.5
+    for guess in (
+        lambda x: math.log(truth(x) / 3 if x.mean() < 0.6 else 0.3),
+        lambda x: 8 * float(x.mean()) - 9,
+    ):
+        surrogate = request.Surrogate(curve, None, Guess(guess), truth, None)
+        x = request.strategy_of(request.parse_request({"max_kl": 0.5}), surrogate)
+        assert truth(x) <= 0.5 and float(x.mean()) > 0.4
+    for measured in (math.nan, math.inf, 0.51):
+        with pytest.raises(request.Unreachable):
+            surrogate = request.Surrogate(curve, None, Guess(guess), lambda x: measured, None)
+            request.strategy_of(request.parse_request({"max_kl": 0.5}), surrogate)
+    assert request.largest(lambda s: s <= 0.37) == pytest.approx(0.37, abs=1e-6)
+
+
+def test_text_and_requests_may_hold_any_unicode_but_names_and_numbers_may_not(tmp_path):
+    rows, path = [{"text": "a\u2028b\x85c\x0bd"}, {"text": "e"}], tmp_path / "text.jsonl"
+    path.write_text(
+        "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+    )  # JSON allows these line ends within a text
+    assert read_documents(path) == [row["text"] + "\n\n" for row in rows]
+    for row in (
+        {"max_size": "9\nMB", "name": "x"},
+        {"sparsity": 0.5, "name": "a\nb"},
+        {"sparsity": 0.5, "name": "../up"},
+        {"sparsity": 0.5, "name": ["x"]},
+        {"max_kl": 10**400},
+        {"sparsity": "1" * 5000},
+        {"max_kl": fuzz.DEEP},
+        {"preference": True},
+        fuzz.DEEP,
+        "\ud800",
+    ):
+        path.write_text(json.dumps(row))
+        refuses(read_requests, path)
+        refuses(read_documents, path)
+
+
+@pytest.mark.slow
+def test_prune_serves_wishes_of_every_kind_and_names_the_nearest_for_one_that_cannot_be_met(
+    tmp_path,
+):
+    wishes = [
+        {"sparsity": 0.3},
+        {"preference": 0.4, "name": "taste"},
+        {"max_kl": 0.1},
+        {"max_size": "7MB"},
+        {"name": "never", "max_size": "1MB"},
+    ]
+    (tmp_path / "request.jsonl").write_text("\n".join(map(json.dumps, wishes)))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "prune.py",
+            "--requests",
+            tmp_path / "request.jsonl",
+            "--packed",
+            "--out",
+            tmp_path / "out",
+            "--calibration",
+            "8",
+            "--tokens",
+            "1024",
+            "--json",
+            tmp_path / "table.json",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    table = {row["request"]: row for row in json.loads((tmp_path / "table.json").read_text())}
+    assert (
+        done.returncode == 2
+        and "never" in done.stderr
+        and "sparsity 0.9 has" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
+    assert "unmet" in table["never"] and not (tmp_path / "out" / "never").exists()
+    assert 0.9 * 0.1 <= table["kl-0.1"]["kl"] <= 0.1
+    assert 0.98 * 7e6 <= table["size-7MB"]["bytes"] <= 7e6
+    for name in ("0.3", "taste", "kl-0.1", "size-7MB"):
+        record = json.loads((tmp_path / "out" / name / "strategy.json").read_text())
+        assert (
+            len(record["strategy"]) == 12
+            and record["kl"] == table[name]["kl"]
+            and load_llama(tmp_path / "out" / name)
+        )
+    for wrong in (
+        {},
+        {"sparsity": 0.3, "max_kl": 1},
+        {"sparsity": "half"},
+        {"sparsity": 0.95},
+        {"max_kl": -1},
+        {"max_size": "9 parsecs"},
+        {"sparsity": 0.3, "name": "../up"},
+        {"sparsity": 0.3, "colour": 1},
+        [0.3],
+        {"max_kl": float("nan")},
+    ):
+        with pytest.raises(ValueError):
+            parse_request(wrong)

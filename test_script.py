@@ -1,0 +1,347 @@
+"""
+What every command shares: errors in one line, files complete or absent, the same answer twice.
+
+Run       pytest test_script.py        (each tolerance has its dtype beside it)
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import llama
+import plot
+import prune
+import script
+import train
+import unicuco
+from checks import fuzz
+from conftest import ROOT, call, place_all, run_script, write_small
+from llama import Tokenizer
+from prune import F2, Pruner
+from script import TINY, new_folder, replacing, strict, write_json, write_text
+
+
+def test_json_holds_neither_nan_nor_infinity(tmp_path):
+    for rows, value in (
+        (False, {"a": [math.nan, (1.5, {"b": -math.inf})], "c": "NaN", "d": None, "e": True}),
+        (True, [{"a": math.inf}, 2]),
+    ):
+        write_json(tmp_path / "x.json", value, rows)
+        assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == strict(
+            value
+        )
+    assert strict({"a": [math.nan, (1.5, {"b": -math.inf})], "c": "NaN"}) == {
+        "a": [None, [1.5, {"b": None}]],
+        "c": "NaN",
+    }
+
+
+def test_a_file_or_a_folder_appears_when_it_is_complete_and_the_old_one_stays_when_it_is_not(
+    tmp_path,
+):
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), replacing(path) as partial:
+        partial.write_text("new")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+    for force, error in ((False, None), (True, RuntimeError)):
+        folder = tmp_path / "folder"
+        try:
+            with new_folder(folder, force) as partial:
+                (partial / "a").write_text("new" if force else "old")
+                assert not list(folder.glob("*")) or force
+                if error:
+                    raise error
+        except RuntimeError:
+            pass
+        assert (folder / "a").read_text() == "old" and sorted(os.listdir(tmp_path)) == [
+            "a.json",
+            "folder",
+        ]
+    with pytest.raises(ValueError, match="exists already"), new_folder(folder):
+        pass
+
+
+def test_what_a_killed_run_left_is_cleared_away_and_a_folder_that_it_had_moved_aside_comes_back(
+    tmp_path,
+):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "half").write_text("ha")
+    (tmp_path / ".out.old.partial").mkdir()
+    (tmp_path / ".out.old.partial" / "a").write_text("old")
+    with pytest.raises(ValueError, match="exists already"), new_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "a").read_text() == "old" and os.listdir(tmp_path) == ["out"]
+
+
+def check(name, *words):
+    """What `python -m checks.NAME` prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"checks.{name}", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_each_of_hundreds_of_mutated_inputs_is_read_or_refused_in_one_line(
+    good, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(
+        fuzz, "TOKENIZER", Tokenizer(place_all(good, tmp_path / "good") / "plain", 320)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would be a second line on stderr
+        outcomes = [fuzz.read(*fuzz.mutated(good, "test", i), tmp_path) for i in range(400)]
+    assert 40 < sum(outcomes) < 300  # neither all harmless nor all refused at the door
+    assert capfd.readouterr().err == "" and {p.name for p in tmp_path.iterdir()} == {
+        "good",
+        "in",
+        "out",
+    }
+
+
+def test_the_fuzzer_runs_its_worker_and_hypothesis():
+    done = check("fuzz", "--count", 12, "--hypothesis", 2, "--seed", 7)
+    assert re.fullmatch(r"18 inputs .* 0 flaws\n", done), done
+
+
+@pytest.mark.slow
+def test_killed_runs_leave_the_old_result_the_new_one_or_none_and_the_next_run_goes_on():
+    assert "kills in" in check("kills", "--prune", 6, "--train", 0)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_nothing_half_written():
+    assert re.search(
+        r"[1-9]\d* refused in one line, nothing half written", check("full_disk", "--quick")
+    )
+
+
+def test_bad_files_end_in_one_line_and_exit_code_2_on_the_command_line(place, tmp_path):
+    weights = load_file(place("plain") / "model.safetensors")
+    cases = [
+        {"config_json": fuzz.FIELDS | {"rope_scaling": [1]}},
+        {"model_safetensors": weights | {"a\nb": torch.zeros(1)}},
+        {"tokenizer.model": b"no"},
+    ]
+    for changed in cases:
+        done = subprocess.run(
+            [sys.executable, "llama.py", "--model", place("plain", **changed), "--tokens", "1"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout, (
+            done.stderr
+        )
+
+
+def test_ctrl_c_is_one_line_with_a_hint_and_130_and_a_closed_pipe_is_no_error(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        script.run(interrupted, ": a hint")
+    assert end.value.code == 130 and capsys.readouterr().err == "\ninterrupted: a hint\n"
+    program = "from script import run\nrun(lambda: [print('x' * 1000) for _ in range(1000)])"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
+    assert script.choose_device("cpu", "float16")[:2] == (torch.device("cpu"), torch.float16)
+    with pytest.raises(ValueError, match="--device"):
+        script.choose_device("cuda:77")
+
+
+def test_a_folder_comes_back_when_its_replacement_fails(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("old")
+    with pytest.raises(RuntimeError):
+        with new_folder(tmp_path / "model", force=True) as folder:
+            (folder / "new").write_text("half")
+            raise RuntimeError("the disk is full")
+    rename = os.replace
+
+    def fails(source, target):
+        if (Path(source) / "new").exists():
+            raise OSError("no")
+        rename(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        with pytest.raises(OSError):
+            with new_folder(tmp_path / "model", force=True) as folder:
+                (folder / "new").write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and [
+        p.name for p in (tmp_path / "model").iterdir()
+    ] == ["old"]
+
+
+@pytest.mark.slow
+def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(
+    small, text, tmp_path, capsys
+):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("x = 1")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "existing").mkdir()
+    other = write_small(tmp_path / "other", vocab_size=100)
+    base, half, out = (
+        (prune, "--model", small),
+        (prune, "--sparsity", 0.5),
+        ("--out", tmp_path / "out"),
+    )
+    alone = [
+        ("0.95 is outside", *base, "--sparsity", 0.95, *out),
+        ("--initial must be", train, "--model", small, "--initial", 0, *out),
+        ("--seqlen 4000: this model has 128", evaluation, "--model", small, "--seqlen", 4000),
+        ("--tokens must be", llama, "--model", small, "--tokens", 0),
+        ("measured.json is not there", plot, "--run", tmp_path),
+    ]  # each script as a process once
+    cases = [
+        ("'x' is not a number", *base, "--sparsity", "x", *out),
+        ("'nan' is not a number", *base, "--sparsity", "nan", *out),
+        ("nothing is asked", *base, *out),
+        ("nowhere is not a folder", *half, "--model", tmp_path / "nowhere", *out),
+        ("broken holds neither", *half, "--model", tmp_path / "broken", *out),
+        ("do not belong together", *half, "--model", other, *out),
+        ("empty.txt is empty", *base, "--sparsity", 0.5, "--data", tmp_path / "empty.txt", *out),
+        (
+            "shorter than one window",
+            *base,
+            "--sparsity",
+            0.5,
+            "--data",
+            tmp_path / "short.txt",
+            *out,
+        ),
+        (
+            "for 12 blocks, the model has 3",
+            *base,
+            "--sparsity",
+            0.5,
+            "--data",
+            text,
+            "--stratnet",
+            ROOT / "tiny" / "stratnet.safetensors",
+            *out,
+        ),
+        (
+            "existing exists already",
+            *base,
+            "--sparsity",
+            0.5,
+            "--uniform",
+            "--out",
+            tmp_path / "existing",
+        ),
+        (
+            "nowhere.txt cannot be read",
+            train,
+            "--model",
+            small,
+            "--data",
+            tmp_path / "nowhere.txt",
+            *out,
+        ),
+        ("broken holds neither", llama, "--model", tmp_path / "broken"),
+    ]
+
+    def nothing_but_one_line(reason, module, code, error):
+        assert (
+            code == 2
+            and len(error.strip().splitlines()) == 1
+            and error.startswith(module.__name__ + ".py: ")
+            and reason in error
+        ), (reason, error)
+        assert not (tmp_path / "out").exists() and not list((tmp_path / "existing").iterdir())
+
+    started = ThreadPoolExecutor(2).map(
+        lambda case: run_script(case[1].__name__ + ".py", *case[2:]), alone
+    )
+    for (reason, module, *_), done in zip(alone, started):
+        nothing_but_one_line(reason, module, done.returncode, done.stderr)
+    for reason, module, *words in cases:
+        capsys.readouterr()
+        nothing_but_one_line(reason, module, call(module, *words), capsys.readouterr().err)
+
+
+def answer():
+    """Texts, windows, ranks, a short search and its StratNet on the embedded model, with one
+    thread: one hash of all of it.
+    """
+    texts = evaluation.stdlib_files(True), evaluation.stdlib_files(False)
+    with unicuco.one_thread():
+        model, tokenizer = llama.load_llama(TINY)
+        windows = evaluation.cut(evaluation.tokenise(tokenizer, texts[0][:6]), 64)
+        calibration, searched = evaluation.draw(windows, [4, 2], 0)
+        pruner = Pruner(model, calibration)
+        f2 = F2(pruner, searched)
+        settings = unicuco.SearchSettings(6, 1, 2, steps=10, final_steps=10)
+        result = unicuco.search(lambda batch: [f2(x) for x in batch], 12, settings)
+    files = list(llama.weight_files(TINY))
+    digest = hashlib.sha256(repr((texts, result.log, result.scale, files)).encode())
+    for part in (
+        windows,
+        *(r for block in pruner.ranks for r in block),
+        result.gp.theta,
+        *result.net.state_dict().values(),
+    ):
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()
+
+
+SHUFFLED = """
+import functools, os, random
+listdir, scandir = os.listdir, os.scandir
+class Entries(list):
+    def __enter__(self): return self
+    def __exit__(self, *why): pass
+def shuffled(entries):
+    entries = list(entries)
+    random.Random(0).shuffle(entries)
+    return Entries(entries)
+os.listdir, os.scandir = functools.partial(lambda *a: shuffled(listdir(*a))),
+functools.partial(lambda *a: shuffled(scandir(*a)))      # not methods
+from test_script import answer
+print(answer())
+"""
+
+
+def test_hash_seed_locale_and_the_order_of_files_on_disk_change_nothing():
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "12345",
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    other = subprocess.run(
+        [sys.executable, "-c", SHUFFLED],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert other.stdout.strip() == answer(), other.stderr
