@@ -19,8 +19,6 @@ from pathlib import Path
 
 import torch
 
-from baselines import uniform
-from compare import QUICK
 from eval import CHUNK, Divergence
 from gp import GaussianProcess
 from llama import pack, unpack
@@ -36,7 +34,7 @@ from script import (
     sha256,
     write_json,
 )
-from train import first_tokens, sources
+from train import sources
 from unicuco import StratNet, first_design, one_thread, strategy_for
 
 
@@ -409,56 +407,15 @@ def slopes():
     return rows
 
 
-# ------------------------------------------------------------------------------------ sequential
-@torch.inference_mode()
-def sequential(setting, texts, sparsities=QUICK):
-    """Uniform strategies by ranks on dense activations, one calibration for all, and by Wanda's
-    block by block: rows of KL and perplexity on `texts`, {name: windows (n, T)}."""
-    references = {name: Divergence(setting.model, windows) for name, windows in texts.items()}
-    pruner = Pruner(setting.model, setting.calibration)
-    strategies = {s: uniform(len(pruner.live), s) for s in sparsities}
-    default = {}
-    for s, strategy in strategies.items():
-        pruner.apply(strategy)
-        default[s] = {name: divergence.measure() for name, divergence in references.items()}
-    rows = []
-    print(f"{'text':<24} sparsity   KL: default  sequential   perplexity: default  sequential")
-    for s, strategy in strategies.items():
-        pruner.apply_sequential(strategy, setting.calibration)  # the ranks are now those of s
-        for name, divergence in references.items():
-            values = (*default[s][name], *divergence.measure())
-            keys = ("kl", "ppl", "sequential_kl", "sequential_ppl")
-            head = {"text": name, "tokens": divergence.windows.numel(), "sparsity": s}
-            rows.append(head | dict(zip(keys, values)))
-            show_sequential(rows[-1])
-    pruner.restore()
-    return rows
-
-
-def show_sequential(r):
-    print(
-        f"{r['text']:<24} {r['sparsity']:8.2f}   {r['kl']:11.4f}  {r['sequential_kl']:10.4f}"
-        f"   {r['ppl']:19.3f}  {r['sequential_ppl']:10.3f}",
-        flush=True,
-    )
-
-
 # ---------------------------------------------------------------------------------- command line
 def arguments():
-    parser = Parser(__doc__, ["python bench.py", "python bench.py --sequential --model DIR"])
-    number = {"type": int, "metavar": "N"}
+    parser = Parser(__doc__, ["python bench.py", "python bench.py --slopes --model DIR"])
     add_model(parser)
     add_texts(parser)
     parser.add_argument("--slopes", action="store_true", help="measure how each cost grows, too")
-    parser.add_argument(
-        "--sequential", action="store_true", help="compare Wanda's block by block instead"
-    )
-    parser.add_argument(
-        "--test-tokens", **number, default=8192, help="tokens of each text of --sequential"
-    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
     args = parser.parse_args()
-    at_least(args, 1, "tokens", "calibration", "test_tokens")
+    at_least(args, 1, "tokens", "calibration")
     args.out = args.out or Path("out") / args.model.resolve().name
     return args
 
@@ -476,12 +433,8 @@ def main():
     threads = inputs["threads"]
     print(f"{inputs['model']} on {device}, {args.dtype} ({reason}), {threads} threads")
     setting = prepare(args, device, dtype, args.tokens)
-    if args.sequential:
-        path = args.out / "sequential.json"
-        results = {"rows": sequential(setting, first_tokens(setting.held_out, args.test_tokens))}
-    else:
-        path = args.out / "stages.json"
-        results = {"rows": stages(setting), "slopes": slopes() if args.slopes else []}
+    path = args.out / "stages.json"
+    results = {"rows": stages(setting), "slopes": slopes() if args.slopes else []}
     write_json(path, {"inputs": inputs, **results})
     print(f"{time.perf_counter() - started:.0f} s; wrote {path}")
 

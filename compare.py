@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from baselines import Target, evopress, gp_search, outlier_shares, owl_best, uniform
+from curvature import cost_in_tokens
 from eval import TASKS, cut, read_rows, standard_error, zero_shot
 from prune import F2, Pruner, Setting, prepare
 from script import (
@@ -41,7 +42,7 @@ from script import (
     strict,
     write_text,
 )
-from train import first_tokens, sources
+from train import first_tokens, prior_of, sources
 from unicuco import KL_CEILING, SearchSettings, cap_divergence, search, strategy_for
 
 QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)  # requests that a baseline is measured on, unless --full
@@ -228,12 +229,15 @@ def learned(run, mean):
     """Seconds and evaluations of Algorithm 1, and {sparsity: as `timed`} of its StratNet."""
     started = time.perf_counter()
     before = run.evaluations()
-    settings = SearchSettings(initial=run.args.initial, rounds=run.args.rounds, mean=mean)
-    blocks = len(run.pruner.live)
-    net = search(lambda batch: list(map(run.f2, batch)), blocks, settings, run.args.seed).net
+    args, windows = run.args, run.setting.calibration
+    settings = SearchSettings(initial=args.initial, rounds=args.rounds, mean=mean)
+    granularity = "matrix" if mean == "curvature" else "block"
+    layout, curves = prior_of(run.pruner, windows, mean, granularity, args.seed)
+    read = 0 if curves is None else cost_in_tokens(windows) / run.f2.windows.numel()
+    net = search(lambda batch: list(map(run.f2, batch)), layout, settings, args.seed, curves).net
     made = {
         "seconds": time.perf_counter() - started,
-        "evaluations": run.evaluations() - before,
+        "evaluations": run.evaluations() - before + read,
         "strategies": {},
     }
     for s in sorted({*run.args.served, *ENDS}):
@@ -244,7 +248,7 @@ def learned(run, mean):
 
 SEARCHES = {
     "owl": by_owl,
-    "unicuco": partial(by_unicuco, mean="blocks"),
+    "unicuco": partial(by_unicuco, mean="curvature"),
     "constant": partial(by_unicuco, mean="constant"),
     "gp": by_gp,
     "evopress": by_evopress,
@@ -730,7 +734,7 @@ def add_searches(parser):
     parser.add_argument("--budget", **number, default=20, help=budget)
     initial = "strategies that UniCuCo measures first"
     parser.add_argument("--initial", **number, default=48, help=initial)
-    parser.add_argument("--rounds", **number, default=14, help="its rounds of 4 more")
+    parser.add_argument("--rounds", **number, default=4, help="its rounds of 4 more")
 
 
 def describe(args, device):

@@ -222,6 +222,13 @@ def read_header(path):
         return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
+def stored_dtypes(folder):
+    """{parameter name: torch dtype} of a checkpoint folder's weights, packed ones too."""
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    stored = [tensor for tensors in weight_files(folder).values() for tensor in tensors.items()]
+    return {dense_name(name): dtypes[dtype] for name, (_, dtype) in stored if dtype in dtypes}
+
+
 def check_tensors(folder, files, expected):
     """Compare headers with expected {name: shape}, before anything is allocated; Refused by"
     " name."""
@@ -345,10 +352,11 @@ def surviving(live, value):
     return (live != 0) | live.signbit() | (value.to(live.dtype) == 0)
 
 
-def pruned_tensors(path, names, live, masks, packed):
+def pruned_tensors(path, names, live, masks, values, packed):
     """{stored name: tensor} of one source file, pruned: values are the file's own, in its dtype."""
     tensors = {}
     for name, value in read_tensors(path, names, {n: p.shape[-1] for n, p in live.items()}):
+        value = values.get(name, value)
         kept = None if masks is None else masks.get(name)
         if masks is None and name.endswith("_proj.weight"):
             kept = surviving(live[name], value)
@@ -361,7 +369,7 @@ def pruned_tensors(path, names, live, masks, packed):
     return tensors
 
 
-def save_llama(model, folder, source, masks=None, packed=False):
+def save_llama(model, folder, source, masks=None, packed=False, values=None):
     """Write `model` in the layout of the folder `source`, tokenizer files included, loadable by
     transformers unchanged.
 
@@ -370,6 +378,8 @@ def save_llama(model, folder, source, masks=None, packed=False):
     source's, a pruned one is +0.0, whatever dtype was computed in.
     masks     {parameter name: bool (d_out, d_in), True = kept}; None: what is +0.0 in the model and
               not in the source is pruned
+    values    {parameter name: (d_out, d_in)} refitted weights, in the source's dtype, that replace
+              its
     packed    pruned matrices as NAME.mask and NAME.kept, see `pack`: load_llama reads it, other
               tools do not
     """
@@ -380,7 +390,8 @@ def save_llama(model, folder, source, masks=None, packed=False):
     live = dict(model.named_parameters())
     metadata = {"format": "pt", "unicuco_packed": "1"} if packed else {"format": "pt"}
     for path, names in weight_files(source).items():
-        save_file(pruned_tensors(path, names, live, masks, packed), folder / path.name, metadata)
+        tensors = pruned_tensors(path, names, live, masks, values or {}, packed)
+        save_file(tensors, folder / path.name, metadata)
         (folder / path.name).chmod(0o644)
     for path in source.iterdir():
         known = (

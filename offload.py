@@ -37,25 +37,33 @@ class Offloaded(torch.nn.ModuleList):
                 p.data = p.data.pin_memory()
 
     def __iter__(self):
+        return self.passing(range(len(self)))
+
+    def __reversed__(self):
+        return self.passing(reversed(range(len(self))))
+
+    def passing(self, order):
+        """The blocks of `order`, one after the other, each in one of the two rooms in turn."""
+        order = list(order)
         cuda = self.device.type == "cuda"
         side = torch.cuda.Stream(self.device) if cuda else None
-
-        def fetch(i):
-            (room,) = self.rooms[i % 2]
-            if cuda:  # pragma: no cover (the room is free once block i - 2 has computed)
-                side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
-                for here, there in zip(room.parameters(), self[i].parameters()):
-                    here.data.copy_(there.data, non_blocking=True)
-            return room
-
-        following = fetch(0)
-        for i in range(len(self)):
-            room = following
-            if cuda:  # pragma: no cover
+        following = self.fetch(order[0], 0, side)
+        for place in range(len(order)):
+            room, last = following, place + 1 == len(order)
+            if cuda:  # pragma: no cover (needs CUDA)
                 torch.cuda.current_stream(self.device).wait_stream(side)
-            if i + 1 < len(self) and cuda:  # pragma: no cover
-                following = fetch(i + 1)
+                if not last:  # copied while this one computes
+                    following = self.fetch(order[place + 1], place + 1, side)
             yield room
-            if i + 1 < len(self) and not cuda:
-                following = fetch(i + 1)
+            if not (last or cuda):
+                following = self.fetch(order[place + 1], place + 1, side)
+
+    def fetch(self, i, place, side):
+        """Copy block i into a room, on the stream `side` if there is one."""
+        (room,) = self.rooms[place % 2]
+        if side is not None:  # pragma: no cover (the room is free once its last block has computed)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for here, there in zip(room.parameters(), self[i].parameters()):
+                here.data.copy_(there.data, non_blocking=True)
+        return room

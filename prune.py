@@ -14,6 +14,7 @@ Laptop    python prune.py --sparsity 0.5                  (15 s; ends with the f
 Full      python prune.py --model ~/Llama-2-7b-hf --data c4.jsonl --sparsity 0.3 0.5 0.7
 """
 
+import argparse
 import json
 import time
 from collections.abc import Mapping
@@ -24,12 +25,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from curvature import read_curves
 from eval import Divergence, batches, draw, load_texts
-from gp import GaussianProcess
-from llama import Tokenizer, load_llama, save_llama
+from llama import Tokenizer, load_llama, save_llama, stored_dtypes
 from model import LINEARS, Llama
 from offload import offload_blocks
 from patterns import pattern_masks
+from refit import follow
 from request import (
     KINDS,
     Surrogate,
@@ -52,7 +54,7 @@ from script import (
     strict,
     write_json,
 )
-from unicuco import cap_divergence, load_stratnet, strategy_for
+from unicuco import Layout, Trained, cap_divergence, load_stratnet, strategy_for, trained_on_prior
 
 CHUNK = 2**21  # weights ranked at once: their 64-bit keys take 16 MB
 
@@ -178,25 +180,17 @@ def parameter_name(i, linear):
 
 
 @torch.inference_mode()
-def activation_norms(model, windows, between=None):
+def activation_norms(model, windows):
     """||X_j||_2 of every input of every Linear over all tokens of windows (n, T): {parameter name:
     (d_in,) float32}.
-
-    between(i, norms of block i)   called before the outputs of block i are final: it may change the
-    block's weights
     """
     windows = windows.to(model.embed.weight.device)
     rotary, result = model.rotary(windows.shape[1]), {}
     states = [model.embed(w) for w in batches(windows)]
     for i, block in enumerate(tqdm(model.blocks, desc="calibration", disable=None, leave=False)):
         seen = InputNorms(block)
-        after = [block(h, rotary) for h in states]
-        norms = {parameter_name(i, name): norm for name, norm in seen.norms().items()}
-        if between is not None:
-            between(i, norms)
-            after = [block(h, rotary) for h in states]
-        states = after
-        result |= norms
+        states = [block(h, rotary) for h in states]
+        result |= {parameter_name(i, name): norm for name, norm in seen.norms().items()}
     return result
 
 
@@ -259,7 +253,9 @@ class Pruner:
         block's to each of its Linears.
         """
         x = torch.as_tensor(strategy, dtype=torch.float64)
-        if x.ndim == 1:
+        if x.shape == (len(self.live) * len(LINEARS),):
+            x = x.view(-1, len(LINEARS))
+        elif x.ndim == 1:
             x = x[:, None].expand(-1, len(LINEARS))
         if x.shape != (len(self.live), len(LINEARS)) or not ((x >= 0) & (x < 1)).all():
             raise ValueError(
@@ -289,22 +285,6 @@ class Pruner:
         for block in zip(self.dense, self.ranks, self.rank_thresholds(strategy), self.live):
             for W, ranks, threshold, out in zip(*block):
                 write_pruned(W, ranks, threshold, out)
-
-    def apply_sequential(self, strategy, windows):
-        """`apply`, as the Wanda paper does it: each block is ranked anew on what the pruned blocks
-        before it put out.
-
-        The ranks are then those of this one strategy.
-        """
-        thresholds = self.rank_thresholds(strategy)
-        self.restore()
-
-        def between(i, norms):
-            for j, name in enumerate(self.names[i]):
-                self.ranks[i][j] = self.rank(self.dense[i][j], norms[name])
-                write_pruned(self.dense[i][j], self.ranks[i][j], thresholds[i][j], self.live[i][j])
-
-        activation_norms(self.model, windows, between)
 
     @torch.inference_mode()
     def restore(self):
@@ -388,7 +368,10 @@ def prepare(args, device, dtype, search_tokens):
 
 
 def find_stratnet(path, model_folder, blocks):
-    """Trained StratNet from `path`, else out/<model name>/, else the model's folder."""
+    """Trained StratNet from `path`, else out/<model name>/, else the model's folder; None if none
+    is
+    there. A `path` that is not there is refused.
+    """
     name = "stratnet.safetensors"
     places = [Path("out") / model_folder.resolve().name / name, model_folder / name]
     if path:
@@ -396,10 +379,20 @@ def find_stratnet(path, model_folder, blocks):
     for place in places:
         if Path(place).is_file():
             return load_stratnet(place, blocks)
-    raise Refused(
-        f"no StratNet at {' or '.join(map(str, places))}: python train.py --model {model_folder}"
-        " makes one, --uniform goes without"
-    )
+    if path:
+        raise Refused(f"no StratNet at {path}: python train.py --model {model_folder} makes one")
+    return None
+
+
+def stratnet_from_curvature(pruner, windows, seed):
+    """Trained on the table of curvature alone, in seconds: what serves where train.py never ran."""
+    curves = torch.stack(read_curves(pruner, windows, seed))
+    layout = Layout(len(pruner.live), pruner.d_in * pruner.d_out)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    net, scale = trained_on_prior(layout, curves, 3000, generator)
+    nothing = torch.empty(0, len(layout.share), dtype=torch.float64)
+    return Trained(net, layout, scale, nothing, nothing[:, 0], curves, {"mean": "curvature"})
 
 
 class Service:
@@ -412,14 +405,17 @@ class Service:
         setting = prepare(args, device, dtype, search_tokens=1)
         self.model, self.calibration = setting.model, setting.calibration
         blocks = len(self.model.blocks)
-        self.trained = None
+        self.trained, self.method = None, "uniform"
         if not args.uniform:
-            self.trained = find_stratnet(args.stratnet, args.model, blocks)
+            self.trained, self.method = find_stratnet(args.stratnet, args.model, blocks), "unicuco"
         self.text, test = next(iter(setting.held_out.items()))
         self.test = test[: max(1, args.tokens // test.shape[1])]
         self.divergence = Divergence(self.model, self.test)
         self.dense_ppl = self.divergence.measure()[1]
         self.pruner = Pruner(self.model, self.calibration, args.metric)
+        if self.trained is None and not args.uniform:
+            self.method = "curvature"
+            self.trained = stratnet_from_curvature(self.pruner, self.calibration, args.seed)
 
     def curve(self, sparsity):
         """The strategy (d,) for a sparsity: StratNet's, or uniform."""
@@ -431,7 +427,7 @@ class Service:
         """What `strategy_of` asks; the GP is fitted again from StratNet's own data."""
         gp = None
         if self.trained is not None:
-            gp = GaussianProcess(self.trained.about["mean"]).fit(self.trained.X, self.trained.y)
+            gp = self.trained.gp()
         return Surrogate(
             self.curve, self.trained and self.trained.net, gp, self.measure, self.bytes
         )
@@ -444,27 +440,29 @@ class Service:
         return packed_bytes(self.pruner, self.args.model, strategy)
 
     def prune(self, strategy):
-        """Make the model that of the strategy, by ranks or in a pattern: its masks and its counted
-        sparsity.
+        """Make the model that of the strategy, by ranks or in a pattern, survivors refitted or not.
+
+        returns   masks, counted sparsity, refitted values or None
         """
+        pruner, masks = self.pruner, self.pruner.masks(strategy)
+        counted = pruner.sparsity(strategy)
         if self.args.pattern:
             keep, group = map(int, self.args.pattern.split(":"))
-            masks = pattern_masks(self.pruner, strategy, keep, group)
-            self.pruner.apply_masks(masks)
-            return masks, self.pruner.mask_sparsity(masks)
-        if self.args.sequential:
-            self.pruner.apply_sequential(strategy, self.calibration)
-        else:
-            self.pruner.apply(strategy)
-        return self.pruner.masks(strategy), self.pruner.sparsity(strategy)
+            masks = pattern_masks(pruner, strategy, keep, group)
+            counted = pruner.mask_sparsity(masks)
+        if self.args.refit:
+            dtypes = stored_dtypes(self.args.model)
+            return masks, counted, follow(pruner, masks, self.calibration, dtypes)
+        pruner.apply_masks(masks) if self.args.pattern else pruner.apply(strategy)
+        return masks, counted, None
 
-    def write(self, request, row, masks):
+    def write(self, request, row, masks, values):
         """The folder of one request: weights, tokenizer and strategy.json; row["bytes"] is filled
         in.
         """
         args = self.args
         with new_folder(request["out"], args.force) as folder:
-            save_llama(self.model, folder, args.model, masks, args.packed)
+            save_llama(self.model, folder, args.model, masks, args.packed, values)
             row["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             write_json(folder / "strategy.json", row | self.record(request, row))
 
@@ -474,7 +472,8 @@ class Service:
         return {
             "counted": row["sparsity"],
             "request": {request["kind"]: request["value"]},
-            "method": "uniform" if args.uniform else "unicuco",
+            "method": self.method,
+            "refitted": args.refit,
             "metric": args.metric,
             "pattern": args.pattern,
             "model": args.model.resolve().name,
@@ -494,12 +493,17 @@ class Service:
         """
         started = time.perf_counter()
         strategy = strategy_of(request, surrogate)
-        masks, counted = self.prune(strategy)
+        masks, counted, values = self.prune(strategy)
         kl, ppl = self.divergence.measure()
         row = {"request": request["name"], request["kind"]: request["text"], "sparsity": counted}
-        row |= {"kl": kl, "ppl": ppl, "bytes": None, "strategy": strategy.tolist()}
+        row |= {
+            "kl": kl,
+            "ppl": ppl,
+            "bytes": None,
+            "strategy": self.pruner.full(strategy).tolist(),
+        }
         if not self.args.dry_run:
-            self.write(request, row, masks)
+            self.write(request, row, masks, values)
         row["seconds"] = round(time.perf_counter() - started, 3)
         return row
 
@@ -527,8 +531,8 @@ class Table:
             f"  {row['ppl']:10.3f}  {row['bytes'] or '-':>9}  {row['seconds']:7.2f}"
         )
         if with_strategy:
-            sparsities = " ".join(f"{x:.2f}" for x in row["strategy"])
-            self.say(f"{'':<{self.width}}  blocks {sparsities}")
+            means = " ".join(f"{sum(x) / len(x):.2f}" for x in row["strategy"])
+            self.say(f"{'':<{self.width}}  blocks {means}")
 
 
 def arguments():
@@ -550,7 +554,7 @@ def arguments():
         metavar="FILE",
         help='jsonl, one request a line: {"name": "phone", "max_size": "9MB"}',
     )
-    add_texts(parser, "tokens to measure KL and perplexity on")
+    add_texts(parser, "tokens to measure KL and perplexity on", windows=None)
     parser.add_argument(
         "--stratnet",
         type=Path,
@@ -565,9 +569,10 @@ def arguments():
         "--pattern", choices=["2:4", "4:8"], help="semi-structured masks, up to sparsity 0.5"
     )
     parser.add_argument(
-        "--sequential",
-        action="store_true",
-        help="one request: rank each block on the output of the pruned ones before it",
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="move the survivors to follow the dense model; --no-refit: they stay bit-identical",
     )
     parser.add_argument(
         "--offload",
@@ -601,6 +606,8 @@ def arguments():
     )
     args = parser.parse_args()
     at_least(args, 1, "tokens", "calibration")
+    if args.calibration is None:  # a refit learns from them: it gains from every window up to 64
+        args.calibration = 64 if args.refit else 32
     return args
 
 
@@ -626,13 +633,8 @@ def requests_of(args):
 
 
 def check_together(args, requests):
-    special = args.sequential or args.pattern
-    measured = any(r["kind"] == "max_kl" for r in requests)
-    if args.sequential and (len(requests) > 1 or args.pattern) or special and measured:
-        raise Refused(
-            "--sequential serves one request, without --pattern; neither goes with --max-kl,"
-            " whose measurements they would change"
-        )
+    if args.pattern and any(r["kind"] == "max_kl" for r in requests):
+        raise Refused("--pattern does not go with --max-kl, whose measurements it would change")
 
 
 def output_of(args, request, several):

@@ -104,7 +104,7 @@ def add_model(parser):
     )
 
 
-def add_texts(parser, tokens_help="tokens of one measurement of f2"):
+def add_texts(parser, tokens_help="tokens of one measurement of f2", windows=32):
     """The options of every script that calibrates on one text and measures on another."""
     parser.add_argument(
         "--data",
@@ -121,7 +121,7 @@ def add_texts(parser, tokens_help="tokens of one measurement of f2"):
     )
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help=tokens_help)
     parser.add_argument(
-        "--calibration", type=int, default=32, metavar="N", help="calibration windows"
+        "--calibration", type=int, default=windows, metavar="N", help="calibration windows"
     )
     parser.add_argument(
         "--seqlen",

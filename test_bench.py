@@ -1,5 +1,5 @@
 """
-bench.py: stages against their floors, slopes, the sequential comparison.
+bench.py: stages against their floors, slopes.
 
 Run       pytest test_bench.py        (10 s on 2 cores)
 """
@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import bench
-from compare import QUICK
 from conftest import CPU, call
 
 
@@ -42,18 +41,6 @@ def test_slopes_are_those_of_log_seconds_over_log_size(monkeypatch):
         logs = ([math.log(v) for v in r[key]] for key in ("sizes", "seconds"))
         slope = statistics.linear_regression(*logs).slope
         assert r["slope"] == pytest.approx(slope, rel=1e-9)
-
-
-def test_sequential_calibration_is_compared_with_the_default_on_the_same_counts(
-    small, text, tmp_path, capsys
-):
-    assert call(bench, *options(small, text, tmp_path), "--sequential") == 0
-    rows = json.loads((tmp_path / "sequential.json").read_text())["rows"]
-    assert [r["sparsity"] for r in rows] == list(QUICK)
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 5 + 1
-    for r in rows:
-        assert 0 < r["kl"] < 20 and 0 < r["sequential_kl"] < 20
-        assert r["kl"] != r["sequential_kl"]
 
 
 @pytest.mark.slow

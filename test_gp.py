@@ -12,7 +12,7 @@ import torch
 
 import gp as gaussian
 from conftest import relative
-from gp import GaussianProcess
+from gp import CurvatureMean, GaussianProcess, PriorOnly
 
 
 def known_strategies(n=40, d=6, seed=0):
@@ -223,3 +223,47 @@ def test_where_the_data_leave_no_variance_std_is_its_floor_and_has_no_gradient()
             and mean.isfinite().all()
         )
     assert (gp.solve(X + 0.1)[3] > 0).all()
+
+
+def curvature_gp(blocks=3):
+    """A GP with a table's mean and features of blocks and kinds, fitted to 30 strategies (30,"
+    " 21)."""
+    g = torch.Generator().manual_seed(0)
+    t, q, r = (torch.randn(blocks, 7, generator=g, dtype=torch.float64) for _ in range(3))
+    X = torch.rand(36, 7 * blocks, generator=g, dtype=torch.float64) * 0.8
+    curves = t - 3, 1.5 + 0.2 * q, 3 + r
+    y = CurvatureMean(*curves)(X) + 0.3 * X[:, :7].mean(1) + 0.1 * torch.sin(9 * X[:, 3])
+    features = torch.kron(torch.eye(blocks).double(), torch.full((7, 1), 1 / 7).double())
+    return GaussianProcess(CurvatureMean(*curves), features=features), X, y
+
+
+def test_with_a_table_of_curvature_all_gradients_equal_finite_differences():
+    gp, X, y = curvature_gp()
+    gp.fit(X[:30], y[:30])
+    dmean, dstd = gp.posterior_gradient(X[30:])
+    h = 1e-5
+    for i in range(X.shape[1]):
+        e = torch.zeros(X.shape[1], dtype=torch.float64)
+        e[i] = h
+        plus, minus = gp.posterior(X[30:] + e), gp.posterior(X[30:] - e)
+        assert relative(dmean[:, i], (plus[0] - minus[0]) / (2 * h)) < 1e-6  # float64
+        # std hardly depends on a matrix alone: absolute, in nats per unit of sparsity
+        assert float((dstd[:, i] - (plus[1] - minus[1]) / (2 * h)).abs().max()) < 1e-6
+    p = torch.randn(gp.mean.p.shape, generator=torch.Generator().manual_seed(1)).double() * 0.3
+    value, gradient = gp.mean.loss(p, X, y)
+    for i in range(len(p)):
+        e = torch.zeros_like(p)
+        e[i] = h
+        slope = (gp.mean.loss(p + e, X, y)[0] - gp.mean.loss(p - e, X, y)[0]) / (2 * h)
+        assert float(gradient[i]) == pytest.approx(slope, rel=1e-6, abs=1e-5)  # float64
+    assert gp.mean.loss(gp.mean.p, X[:30], y[:30])[0] < value
+
+
+def test_before_any_measurement_a_table_is_the_logarithm_of_its_sum_and_has_its_gradient():
+    gp, X, _ = curvature_gp()
+    t, q, r = gp.mean.t, gp.mean.q, gp.mean.r
+    damages = (t + q * (X + 1e-3).log() + r * X).exp()
+    assert relative(gp.mean(X), damages.sum(1).log()) < 1e-12  # float64
+    mean, std, dmean, dstd = PriorOnly(gp.mean).solve(X)
+    expected = damages * (q / (X + 1e-3) + r) / damages.sum(1, keepdim=True)
+    assert relative(dmean, expected) < 1e-12 and (std == 0).all() and (dstd == 0).all()

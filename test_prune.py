@@ -272,24 +272,6 @@ def test_offloaded_blocks_compute_rank_and_prune_bit_for_bit_like_resident_ones(
     )
 
 
-def test_sequential_ranks_equal_those_of_a_model_whose_earlier_blocks_are_pruned_already(
-    small, tokens
-):
-    model, _ = load_llama(small)
-    pruner = Pruner(model, tokens)
-    dense_ranks = [[r.clone() for r in block] for block in pruner.ranks]
-    pruner.apply_sequential([0.4, 0.5, 0.6], tokens)
-    assert all(map(torch.equal, pruner.ranks[0], dense_ranks[0])) and not all(
-        map(torch.equal, pruner.ranks[2], dense_ranks[2])
-    )
-    by_hand, _ = load_llama(small)
-    for i in range(3):  # prune block 0, measure, prune block 1, measure, prune block 2
-        again = Pruner(by_hand, tokens)
-        assert all(map(torch.equal, again.ranks[i], pruner.ranks[i]))
-        again.apply([[0.4, 0.5, 0.6][j] if j == i else 0 for j in range(3)])
-    assert all(torch.equal(p, q) for p, q in zip(by_hand.parameters(), model.parameters()))
-
-
 @pytest.mark.parametrize("keep,group", [(2, 4), (4, 8)])
 def test_semi_structured_masks_keep_the_best_of_every_group_in_the_blocks_that_are_pruned_most(
     keep, group
@@ -331,6 +313,7 @@ def options(small, text):
         4,
         "--tokens",
         128,
+        "--no-refit",
         *CPU,
     )
 
@@ -412,8 +395,8 @@ def test_a_dry_run_writes_nothing_and_json_stands_alone_on_standard_output(
     assert re.search(r"^ +blocks 0.25 0.25 0.25$", capsys.readouterr().out, re.M)
 
 
-def test_a_pattern_and_a_sequential_run_keep_the_counts_that_they_print(small, text, tmp_path):
-    for name, more in (("pattern", ("--pattern", "2:4")), ("sequential", ("--sequential",))):
+def test_a_pattern_keeps_the_counts_that_they_print(small, text, tmp_path):
+    for name, more in (("pattern", ("--pattern", "2:4")),):
         assert (
             call(
                 prune,
@@ -446,13 +429,10 @@ def test_requests_that_contradict_each_other_are_one_line_before_anything_is_rea
     for words in (
         (),
         ("--sparsity", 0.5, 0.50),
-        (*half, "--max-kl", 1, "--sequential"),
-        (*half, "--sequential", "--pattern", "2:4"),
         ("--max-kl", 1, "--pattern", "2:4"),
         ("--unpack", small),
         ("--requests", tmp_path / "bad.jsonl"),
         ("--requests", tmp_path / "none.jsonl"),
-        (*half,),
         (*half, "--seqlen", 500),
         ("--preference", 0.5, "--uniform"),
         ("--sparsity", 0.7, "--uniform", "--pattern", "2:4"),
@@ -517,8 +497,8 @@ def test_prune_serves_a_request_with_the_stratnet_that_train_made_and_without_on
     )
     done = run_script("prune.py", *asked, "--out", tmp_path / "learned")
     assert done.returncode == 0, done.stderr
-    for name, method in (("uniform", ("--uniform",)), ("coarse", ("--rank-bits", 8))):
+    for name, method in (("uniform", ("--uniform",)), ("kept", ("--no-refit",))):
         assert call(prune, *asked, "--out", tmp_path / name, *method) == 0
-    for name in ("learned", "uniform", "coarse"):
+    for name in ("learned", "uniform", "kept"):
         record = json.loads((tmp_path / name / "strategy.json").read_text())
         assert abs(record["counted"] - 0.5) < 0.01 and load_llama(tmp_path / name)

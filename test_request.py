@@ -88,6 +88,7 @@ def test_prune_serves_wishes_of_every_kind_and_names_the_nearest_for_one_that_ca
         [
             sys.executable,
             "prune.py",
+            "--no-refit",
             "--requests",
             tmp_path / "request.jsonl",
             "--packed",

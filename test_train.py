@@ -47,7 +47,7 @@ def short(monkeypatch):
 # ------------------------------------------------------------------------ measuring once
 def memory(f2, folder, resume):
     """What train.py measures with, in a folder of its own."""
-    return train.Measure(f2, *train.open_journals(folder, {"seed": 0}, resume))
+    return train.Measure(f2, unicuco.Layout(3), *train.open_journals(folder, {"seed": 0}, resume))
 
 
 def test_what_was_measured_is_never_measured_again_and_survives_the_run(tmp_path):
@@ -204,7 +204,7 @@ def test_train_without_rounds_writes_a_stratnet_for_the_depth_of_its_model(
     printed = capsys.readouterr().out
     assert "last round" not in printed and "StratNet's KL is below uniform's at" in printed
     made = unicuco.load_stratnet(tmp_path / "stratnet.safetensors", 3)
-    assert made.X.shape == (3, 3) and made.y.shape == (3,) and math.isfinite(made.scale.hi)
+    assert made.X.shape == (3, 21) and made.y.shape == (3,) and math.isfinite(made.scale.hi)
     assert made.about["evaluations"] == 3 and made.about["seed"] == 0
     with pytest.raises(Refused, match="is a StratNet for 3 blocks, the model has 12"):
         unicuco.load_stratnet(tmp_path / "stratnet.safetensors", 12)

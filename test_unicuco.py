@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 
 import unicuco
 from checks import fuzz
-from conftest import ROOT, random_net, refuses, seeds, steady
-from gp import GaussianProcess
+from conftest import ROOT, random_net, refuses, relative, seeds, steady
+from gp import CurvatureMean, GaussianProcess
 from prune import Pruner
 from unicuco import (
     MAX,
+    Layout,
     Scale,
     SearchSettings,
     StratNet,
+    Trained,
     load_stratnet,
     log_divergence,
     save_stratnet,
@@ -66,9 +68,7 @@ def test_hypervolume_equals_counting_cells_and_the_gain_is_its_difference():
 def test_a_scale_turns_size_and_log_kl_into_objectives_worked_by_hand():
     scale = Scale.of(torch.tensor([-3.0, -1.0, 1.0]))
     assert (scale.lo, scale.hi) == (-3, 1)
-    objectives = scale(
-        torch.tensor([[0.9, 0.9], [0.0, 0.0], [0.3, 0.6]]), torch.tensor([1.0, -3.0, -1.0])
-    )
+    objectives = scale(torch.tensor([0.9, 0.0, 0.45]), torch.tensor([1.0, -3.0, -1.0]))
     assert torch.allclose(objectives, torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]))  # float32
 
 
@@ -177,16 +177,22 @@ class Surrogate:
 SCALE = Scale(-6.0, 1.0)
 
 
+def layout_of(net):
+    return Layout(len(net.layers[-1].bias))
+
+
 def test_scattered_strategies_move_by_the_asked_amount_in_their_logits_and_stay_inside():
     x = torch.full((4000, 5), 0.45, dtype=torch.float64)
-    moved = (unicuco.scattered(x, torch.Generator().manual_seed(0), by=0.2) / MAX).logit()
+    moved = (
+        unicuco.scattered(x, Layout(x.shape[1]), torch.Generator().manual_seed(0), by=0.2) / MAX
+    ).logit()
     assert moved.mean().abs() < 0.2 * 4 / 20000**0.5 and moved.std() == pytest.approx(
         0.2, rel=4 / 40000**0.5
     )  # 4 standard errors
     edges = torch.tensor([[0.0, MAX, 1e-30]], dtype=torch.float64)
     assert (
-        (unicuco.scattered(edges, torch.Generator(), by=5.0) >= 0)
-        & (unicuco.scattered(edges, torch.Generator(), by=5.0) <= MAX)
+        (unicuco.scattered(edges, Layout(edges.shape[1]), torch.Generator(), by=5.0) >= 0)
+        & (unicuco.scattered(edges, Layout(edges.shape[1]), torch.Generator(), by=5.0) <= MAX)
     ).all()
 
 
@@ -201,6 +207,7 @@ def test_picks_stay_between_and_differ_even_when_stratnet_has_collapsed(bias):
     surrogate = Surrogate(lambda x: 3 * x.mean(1) - 4, lambda x: 0.1 + x[:, 0])
     picks = unicuco.select_batch(
         net,
+        layout_of(net),
         surrogate,
         SCALE,
         torch.empty(0, 2, dtype=torch.float64),
@@ -224,20 +231,22 @@ def test_picks_are_taken_only_where_requests_come_from_and_of_equal_means_the_un
         lambda x: 3 * x.mean(1) - 4, lambda x: torch.full((len(x),), 0.1, dtype=torch.float64)
     )
     for between in ((0.15, 0.75), (0.4, 0.5)):
-        picks = unicuco.select_batch(net, surrogate, SCALE, nothing, 4, 0.5, g(), between=between)
+        picks = unicuco.select_batch(
+            net, layout_of(net), surrogate, SCALE, nothing, 4, 0.5, g(), between=between
+        )
         assert ((picks.mean(1) >= between[0]) & (picks.mean(1) <= between[1])).all()
     flat = Surrogate(
         lambda x: 0 * x.mean(1), lambda x: (x.mean(1) < 0.45).double()
     )  # certain above 0.45, not below
     pick = unicuco.select_batch(
-        net, flat, Scale(-6.0, 0.2), nothing, 1, 0.5, g(), between=(0.44, 0.46)
+        net, layout_of(net), flat, Scale(-6.0, 0.2), nothing, 1, 0.5, g(), between=(0.44, 0.46)
     )
     assert float(pick.mean()) < 0.45  # its bound 0 - 0.5 gains, the mean alone or + 0.5 would not
     full = torch.tensor(
         [[0.0, 0.0]], dtype=torch.float64
     )  # nothing left to gain: the four least certain
     certain = Surrogate(lambda x: 3 * x.mean(1) - 4, lambda x: x[:, 0])
-    picks = unicuco.select_batch(net, certain, SCALE, full, 4, 0.0, g())
+    picks = unicuco.select_batch(net, layout_of(net), certain, SCALE, full, 4, 0.0, g())
     candidates = net(unicuco.sample_requests(1000, g())).detach()
     candidates = candidates[(candidates.mean(1) >= 0.15) & (candidates.mean(1) <= 0.75)]
     assert torch.equal(picks[:, 0], candidates[:, 0].sort(descending=True).values[:4])
@@ -252,14 +261,23 @@ def test_a_batch_of_picks_is_the_one_of_a_greedy_search_by_brute_force():
     candidates = net(unicuco.sample_requests(60, torch.Generator().manual_seed(0))).detach()
     candidates = candidates[(candidates.mean(1) >= 0.15) & (candidates.mean(1) <= 0.75)]
     objectives = SCALE(
-        candidates, surrogate.posterior(candidates)[0] - 0.5 * surrogate.posterior(candidates)[1]
+        candidates.mean(1),
+        surrogate.posterior(candidates)[0] - 0.5 * surrogate.posterior(candidates)[1],
     ).tolist()
     front, expected = measured.tolist(), []
     for _ in range(4):
         expected.append(max(range(len(candidates)), key=lambda i: area([*front, objectives[i]])))
         front.append(objectives[expected[-1]])
     picks = unicuco.select_batch(
-        net, surrogate, SCALE, measured, 4, 0.5, torch.Generator().manual_seed(0), candidates=60
+        net,
+        layout_of(net),
+        surrogate,
+        SCALE,
+        measured,
+        4,
+        0.5,
+        torch.Generator().manual_seed(0),
+        candidates=60,
     )
     assert (
         torch.equal(picks, candidates[expected])
@@ -276,7 +294,9 @@ def test_stratnet_learns_to_prefer_what_the_lower_confidence_bound_prefers():
         surrogate = Surrogate(
             lambda x: 6 * (x**2).mean(1) - 5, lambda x: 2 * x[:, 0] + 0.1
         )  # block 0 is uncertain
-        unicuco.train_stratnet(net, surrogate, SCALE, 150, kappa, torch.Generator().manual_seed(0))
+        unicuco.train_stratnet(
+            net, layout_of(net), surrogate, SCALE, 150, kappa, torch.Generator().manual_seed(0)
+        )
         with torch.no_grad():
             answers.append(net(torch.tensor([[0.3, 0.7], [0.5, 0.5]], dtype=torch.float64)))
     blind, bold = answers
@@ -300,7 +320,7 @@ def test_a_scale_of_equal_values_divides_by_no_zero():
     for value in (math.log(1e-6), -0.5, math.log(100)):
         scale = Scale.of(torch.full((5,), value, dtype=torch.float64))
         assert scale.lo == value and scale.hi == value + 1e-3
-        assert scale(torch.full((2, 3), 0.45), torch.tensor([value] * 2)).isfinite().all()
+        assert scale(torch.full((2,), 0.45), torch.tensor([value] * 2)).isfinite().all()
 
 
 @pytest.mark.parametrize("mean", ["blocks", "constant"])
@@ -361,7 +381,7 @@ def test_algorithm_1_reaches_98_percent_of_a_known_pareto_front_and_random_searc
     front = pareto(torch.logspace(-4, 0.05, 4000, dtype=torch.float64))
     front = front[(front.mean(1) >= 0.05) & (front.mean(1) <= 0.85)]
     scale = unicuco.Scale.of(f2(front).log())
-    volume = lambda x: unicuco.hypervolume(scale(x, f2(x).clamp(min=1e-6).log()))
+    volume = lambda x: unicuco.hypervolume(scale(x.mean(1), f2(x).clamp(min=1e-6).log()))
     uniform = torch.linspace(0.05, 0.9, 2000, dtype=torch.float64)[:, None].expand(-1, 12)
     assert volume(uniform) < 0.9 * volume(front)
     result = search(lambda strategies: [float(f2(x)) for x in strategies], 12)
@@ -441,6 +461,7 @@ def stratnet_changes():
     net = dict(StratNet(1).state_dict()) | {
         "X": torch.rand(4, 1).double() * 0.9,
         "y": torch.rand(4).double(),
+        "sizes": torch.ones(1).double(),
     }
     about = {"lo": -5.0, "hi": 1.0, "mean": "blocks"}
     deep = {
@@ -458,6 +479,10 @@ def stratnet_changes():
         (net | {"X": net["X"][:0].clone(), "y": net["y"][:0].clone()}, about),
         (net | {"layers.4.bias": torch.tensor(1.0).double()}, about),
         (deep, about),
+        (net | {"sizes": net["sizes"] * 0}, about),
+        (net | {"sizes": torch.ones(2).double()}, about),
+        (net | {"curves": torch.ones(3, 1, 2).double()}, about),
+        (net, about | {"mean": "curvature"}),
     )
     for change in (
         {"lo": 10**400},
@@ -482,26 +507,81 @@ def test_a_stratnet_that_does_not_fit_together_is_refused_and_nothing_is_allocat
     refuses(load_stratnet, path, 1)
 
 
-def test_a_stratnet_that_cannot_be_written_leaves_no_partial_file(tmp_path):
+def test_a_stratnet_that_cannot_be_written_leaves_no_partial_file_and_one_that_can_is_read_back(
+    tmp_path,
+):
+    curves = torch.rand(3, 2, 7).double()
+    layout, X = Layout(2, range(1, 8)), torch.rand(4, 14).double() * 0.9
+    about = {"mean": "curvature"}
+    made = Trained(StratNet(14), layout, Scale(0, 1), X, torch.rand(4).double(), curves, about)
     (tmp_path / "stratnet.safetensors").mkdir()
     with pytest.raises(OSError):
-        save_stratnet(
-            tmp_path / "stratnet.safetensors",
-            StratNet(1),
-            Scale(0, 1),
-            torch.zeros(1, 1),
-            torch.zeros(1),
-            {},
-        )
+        save_stratnet(tmp_path / "stratnet.safetensors", made)
     assert os.listdir(tmp_path) == ["stratnet.safetensors"]
-    save_stratnet(
-        tmp_path / "other.safetensors",
-        StratNet(1),
-        Scale(0, 1),
-        torch.zeros(1, 1),
-        torch.zeros(1),
-        {"mean": "blocks"},
-    )
-    assert (tmp_path / "other.safetensors").stat().st_mode & 0o777 == 0o644 and load_stratnet(
-        tmp_path / "other.safetensors", 1
-    )
+    save_stratnet(tmp_path / "other.safetensors", made)
+    assert (tmp_path / "other.safetensors").stat().st_mode & 0o777 == 0o644
+    read = load_stratnet(tmp_path / "other.safetensors", 2)
+    request = torch.tensor([[0.4, 0.6]])
+    assert torch.equal(read.net(request), made.net(request)) and torch.equal(read.curves, curves)
+    assert relative(read.layout.share, layout.share) < 1e-15 and read.layout.kinds == 7  # float64
+    assert relative(read.gp().posterior(X)[0], made.gp().posterior(X)[0]) < 1e-12
+
+
+# ---------------------------------------------------------------------- layouts, what is known
+# before
+def test_a_layout_weighs_matrices_by_their_size_worked_by_hand():
+    layout = Layout(2, [1, 3])  # two blocks of two matrices, the second three times as large
+    assert layout.share.tolist() == [1 / 8, 3 / 8, 1 / 8, 3 / 8]
+    x = torch.tensor([[0.8, 0.4, 0.0, 0.2]], dtype=torch.float64)
+    assert float(layout.level(x)) == pytest.approx(0.1 + 0.15 + 0 + 0.075)
+    # the kernel sees the mean of each block, (0.8 + 3 * 0.4) / 4 and 0.15, and of each kind
+    assert torch.allclose(x @ layout.features, torch.tensor([[0.5, 0.15, 0.4, 0.3]]).double())
+    moves = layout.noise(1000, torch.Generator().manual_seed(0), 0.2).view(-1, 2, 2)
+    assert float(moves.std()) == pytest.approx((0.2**2 + 0.1**2) ** 0.5, rel=0.1)
+    assert float((moves[:, 0, 0] * moves[:, 0, 1]).mean()) == pytest.approx(0.04, rel=0.2)
+    assert Layout(3).level(x[:, :3]) == pytest.approx(0.4) and Layout(3).features is None
+
+
+def known_curves(blocks=4):
+    """log c = t + 1.3 log(x + SHIFT) + 4 x, levels t far apart; f2 = their sum, exactly."""
+    g = torch.Generator().manual_seed(0)
+    t = torch.randn(blocks, 7, generator=g, dtype=torch.float64) - 5
+    return t, torch.full_like(t, 1.3), torch.full_like(t, 4.0)
+
+
+def test_trained_on_exact_curves_alone_stratnet_is_within_3_percent_of_direct_optimisation():
+    curves, layout = known_curves(), Layout(4, range(1, 8))
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net, _ = unicuco.trained_on_prior(layout, curves, 3000, generator)
+    f2 = CurvatureMean(*curves)
+    for sparsity in (0.3, 0.5, 0.7):
+        ours = strategy_for(net, sparsity, lambda x: float(layout.level(torch.as_tensor(x))))
+        z = unicuco.to_logits(torch.full((1, 28), sparsity).double()).requires_grad_()
+        optimizer = torch.optim.Adam([z], lr=0.05)
+        for _ in range(600):
+            x = MAX * torch.sigmoid(z)
+            loss = f2(x).sum() + 1e4 * (layout.level(x) - sparsity).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        best = float(f2((MAX * torch.sigmoid(z)).detach()))
+        uniform = float(f2(torch.full((1, 28), sparsity).double()))
+        assert float(f2(ours[None])) < best + 0.03 and best < uniform - 0.3  # nats of log KL
+
+
+def test_a_search_that_starts_from_curves_measures_where_they_are_not_enough_and_learns_the_rest():
+    t, q, r = known_curves()
+    layout = Layout(4, range(1, 8))
+    truth = CurvatureMean(t + torch.linspace(-1, 1, 4).double()[:, None], q, r)  # blocks differ
+    settings = SearchSettings(20, 3, 4, "curvature", steps=100, final_steps=800)
+    measured = lambda batch: [float(truth(x[None]).exp()) for x in batch]
+    result = search(measured, layout, settings, 0, (t, q, r))
+    levels = [float(layout.level(torch.tensor(e["strategy"]).double())) for e in result.log]
+    assert len(levels) == 32 and min(levels) > 0.25
+    last = [e for e in result.log if e["round"] == 3]
+    assert all(0.9 < e["predicted"] / e["measured"] < 1.1 for e in last)
+    blind, _ = unicuco.trained_on_prior(layout, (t, q, r), 800, torch.Generator().manual_seed(0))
+    level = lambda x: float(layout.level(torch.as_tensor(x)))
+    ours, before = (strategy_for(net, 0.6, level) for net in (result.net, blind))
+    assert float(truth(ours[None])) < float(truth(before[None])) - 0.03

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from curvature import damage_table, fit_curves
 from eval import Divergence, stdlib_files
 from llama import weight_files
 from prune import F2, METRICS, Pruner, prepare
@@ -40,7 +41,9 @@ from script import (
     write_json,
 )
 from unicuco import (
+    Layout,
     SearchSettings,
+    Trained,
     hypervolume,
     log_data,
     save_stratnet,
@@ -83,20 +86,20 @@ class Measure:
     run ends as if undisturbed. Under torchrun, rank r measures every world-th strategy of a batch;
     all ranks get all values, each keeps its own journal.
 
-    f2               strategy (d,) -> KL, costly
+    f2               strategy (D,) -> KL, costly;  layout: of the strategies
     journal, known   from `open_journals`
     bar              a tqdm to move; seconds: spent in f2 by this process
     """
 
-    def __init__(self, f2, journal, known, bar=None, device="cpu"):
+    def __init__(self, f2, layout, journal, known, bar=None):
         started = dist.is_initialized()
         self.rank = dist.get_rank() if started else 0
         self.world = dist.get_world_size() if started else 1
         self.f2 = f2
+        self.layout = layout
         self.journal = journal
         self.known = known
         self.bar = tqdm(disable=True) if bar is None else bar
-        self.device = device
         self.seconds = 0.0
 
     def __call__(self, strategies):
@@ -119,7 +122,6 @@ class Measure:
     def of_all_ranks(self, values):
         """Values (B,), of which each rank has measured its own, complete on every rank."""
         if self.world > 1:
-            values = values.to(self.device)  # nccl adds on the GPU, gloo on the CPU
             try:
                 dist.all_reduce(values)
             except RuntimeError:  # pragma: no cover (in a process of its own, which ends here)
@@ -127,12 +129,16 @@ class Measure:
                 os._exit(1)  # the usual way out, gloo's own threads can abort
         return values
 
+    def hypervolume(self, log, scale):
+        X, y = log_data(log)
+        return hypervolume(scale(self.layout.level(X), y))
+
     def show(self, log, scale):
         """Put the newest measurements beside the bar: `search` calls this after each round."""
         last = log[-1]
         if last["predicted"] is not None:
             self.bar.set_postfix(
-                hypervolume=f"{hypervolume(scale(*log_data(log))):.4f}",
+                hypervolume=f"{self.hypervolume(log, scale):.4f}",
                 predicted=f"{last['predicted']:.3f}",
                 measured=f"{last['measured']:.3f}",
                 refresh=False,
@@ -235,7 +241,7 @@ def sources(args):
 
 def fingerprint(args):
     """What a search depends on: resuming with anything else is refused."""
-    own = ("seed", "initial", "rounds", "batch", "mean", "metric")
+    own = ("seed", "initial", "rounds", "batch", "mean", "granularity", "metric")
     return sources(args) | {name: getattr(args, name) for name in own}
 
 
@@ -247,7 +253,7 @@ def join_processes(device):
         if device.type == "cuda":  # pragma: no cover (needs CUDA)
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("gloo")  # a handful of numbers: nccl would hide a dead peer
     return device, local_rank == 0
 
 
@@ -260,11 +266,28 @@ def clear(out, first, resume):
         dist.barrier()
 
 
-def save_search(out, result, about):
+def save_search(out, result, curves, about):
     """measured.json, the log of the search; stratnet.safetensors, StratNet with its data."""
     write_json(out / "measured.json", result.log, rows=True)
-    path = out / "stratnet.safetensors"
-    save_stratnet(path, result.net, result.scale, *log_data(result.log), about)
+    X, y = log_data(result.log)
+    trained = Trained(result.net, result.layout, result.scale, X, y, curves, about)
+    save_stratnet(out / "stratnet.safetensors", trained)
+
+
+def prior_of(pruner, windows, mean, granularity, seed):
+    """Layout of strategies by --granularity; the table of curvature, (3, d, m), if --mean asks for
+    it.
+
+    For whole blocks, a block's curve is fitted to the sum of its matrices' damages.
+    """
+    sizes = pruner.d_in * pruner.d_out if granularity == "matrix" else None
+    layout = Layout(len(pruner.live), sizes)
+    if mean != "curvature":
+        return layout, None
+    table = damage_table(pruner, windows, seed=seed)
+    if granularity == "block":
+        table = table.sum(1, keepdim=True)
+    return layout, torch.stack(fit_curves(table))
 
 
 def arguments():
@@ -280,11 +303,20 @@ def arguments():
     number = {"type": int, "metavar": "N"}
     add_model(parser)
     add_texts(parser)
-    parser.add_argument("--initial", **number, default=48, help="strategies measured first")
-    parser.add_argument("--rounds", **number, default=14, help="rounds of picking and measuring")
+    parser.add_argument("--initial", **number, default=40, help="strategies measured first")
+    parser.add_argument("--rounds", **number, default=4, help="rounds of picking and measuring")
     parser.add_argument("--batch", **number, default=4, help="strategies measured in each round")
     parser.add_argument(
-        "--mean", choices=["blocks", "constant"], default="blocks", help="the GP's prior mean"
+        "--mean",
+        choices=["curvature", "blocks", "constant"],
+        default="curvature",
+        help="the GP's prior mean",
+    )
+    parser.add_argument(
+        "--granularity",
+        choices=["matrix", "block"],
+        default="matrix",
+        help="what has a sparsity of its own",
     )
     parser.add_argument("--metric", choices=METRICS, default="wanda", help="pruning score")
     parser.add_argument("--test-tokens", **number, default=16384, help="tokens of each test text")
@@ -302,44 +334,73 @@ def arguments():
     return args
 
 
-def main():
-    args = arguments()
-    started = time.perf_counter()
-    device, dtype, reason = choose_device(args.device, args.dtype)
-    device, first = join_processes(device)
-    args.dtype = str(dtype)[6:]
-    setting = prepare(args, device, dtype, args.tokens)
-    inputs = fingerprint(args)
-    clear(args.out, first, args.resume)
-    journals = open_journals(args.out, inputs, args.resume)
-    if first:
+class Run:
+    """One run of train.py: this process's device, whether it prints and writes, and its clock."""
+
+    def __init__(self, args):
+        self.args, self.started = args, time.perf_counter()
+        device, self.dtype, self.reason = choose_device(args.device, args.dtype)
+        self.device, self.first = join_processes(device)
+        args.dtype = str(self.dtype)[6:]
+        self.setting = prepare(args, self.device, self.dtype, args.tokens)
+        self.inputs = fingerprint(args)
+
+    def seconds(self):
+        return time.perf_counter() - self.started
+
+    def greet(self):
+        setting = self.setting
         print(
-            f"{inputs['model']} on {device}, {args.dtype} ({reason});"
+            f"{self.inputs['model']} on {self.device}, {self.args.dtype} ({self.reason});"
             f" Python {platform.python_version()}, torch {torch.__version__},"
             f" {torch.get_num_threads()} threads; calibration {setting.calibration.numel()} tokens,"
             f" f2 {setting.search.numel()} tokens"
         )
-    pruner = Pruner(setting.model, setting.calibration, args.metric)
-    settings = SearchSettings(args.initial, args.rounds, args.batch, args.mean)
-    total = args.initial + args.rounds * args.batch
-    with tqdm(total=total, desc="evaluations of f2", disable=None if first else True) as bar:
-        measure = Measure(F2(pruner, setting.search), *journals, bar, device)
-        result = search(measure, len(pruner.live), settings, args.seed, measure.show)
+
+    def search(self, journals):
+        """Ranks, curvature, Algorithm 1: the Pruner, its result, the table, seconds inside f2."""
+        args, setting = self.args, self.setting
+        pruner = Pruner(setting.model, setting.calibration, args.metric)
+        how = args.mean, args.granularity, args.seed
+        layout, curves = prior_of(pruner, setting.calibration, *how)
+        settings = SearchSettings(args.initial, args.rounds, args.batch, args.mean)
+        total = args.initial + args.rounds * args.batch
+        hidden = None if self.first else True
+        with tqdm(total=total, desc="evaluations of f2", disable=hidden) as bar:
+            measure = Measure(F2(pruner, setting.search), layout, *journals, bar)
+            result = search(measure, layout, settings, args.seed, curves, measure.show)
+        return pruner, result, curves, measure.seconds
+
+    def report(self, result, rows, searched, inside):
+        evaluations = len(result.log)
+        print(
+            f"\n{evaluations} evaluations of f2 in {inside:.1f} s,"
+            f" {100 * inside / searched:.0f} % of the {searched:.1f} s before the table;"
+            f" {self.seconds():.1f} s in all; wrote {self.args.out}"
+        )
+        show_predictions(result.log, self.args.rounds)
+        show(rows)
+
+
+def main():
+    args = arguments()
+    this = Run(args)
+    clear(args.out, this.first, args.resume)
+    journals = open_journals(args.out, this.inputs, args.resume)
+    if this.first:
+        this.greet()
+    pruner, result, curves, inside = this.search(journals)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if not first:
+    if not this.first:
         return  # one process of each machine measures the table and writes the files
-    searched = time.perf_counter() - started
-    save_search(args.out, result, inputs | {"evaluations": total})
-    rows = table(result.net, pruner, first_tokens(setting.held_out, args.test_tokens))
+    searched = this.seconds()
+    about = this.inputs | {"evaluations": len(result.log)}
+    save_search(args.out, result, curves, about)
+    texts = first_tokens(this.setting.held_out, args.test_tokens)
+    rows = table(result.net, pruner, texts)
     write_json(args.out / "results.json", rows, rows=True)
-    print(
-        f"\n{total} evaluations of f2 in {measure.seconds:.1f} s,"
-        f" {100 * measure.seconds / searched:.0f} % of the {searched:.1f} s before the table;"
-        f" {time.perf_counter() - started:.1f} s in all; wrote {args.out}"
-    )
-    show_predictions(result.log, args.rounds)
-    show(rows)
+    this.report(result, rows, searched, inside)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,15 @@ Source    UniCuCo (arXiv 2505.12216); Pareto set learning with a surrogate as in
           al., arXiv 2210.08495).
 Reading   2 of 8. Before: gp.py. Next: model.py. Knows nothing of language models: f2 is any costly
           function.
-Shapes    B requests, d blocks, n strategies measured, c candidates.
+Shapes    B requests, D sparsities of a strategy, n strategies measured, c candidates.
 
   code         symbol                     meaning, unit
   request      lambda = (l1, l2)          weights of size and of fidelity, non-negative, sum 1
-  strategy     x in [0, MAX]^d            sparsity of each block: fraction of every row of its
-               Linear weights that goes
-  size         f1(x) = 1 - mean(x)        fraction of block weights that survive: exact, free
-  divergence   f2(x) = KL(dense||pruned)  nats per token: costly, no gradient; the GP learns y = log
-               f2
-  scaled       f1', f2'                   (MAX - mean x) / MAX and (y - lo) / (hi - lo): what
-               requests weigh
+  strategy     x in [0, MAX]^D            sparsity of each matrix: fraction of every row that goes
+  layout       D = 7 d, or d              what has a sparsity: every matrix of d blocks, or a block
+  size         f1(x) = 1 - share . x      fraction of block weights that survive: exact, free
+  divergence   f2(x) = KL(dense||pruned)  nats per token: costly, no gradient; the GP learns log f2
+  scaled       f1', f2'                   (MAX - share . x) / MAX and (y - lo) / (hi - lo)
   ideal        z*                         (-0.05, -0.05), a little better than anything reachable
   net          h_phi                      StratNet: request -> strategy
 
@@ -33,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from gp import MEANS, GaussianProcess
+from gp import MEANS, CurvatureMean, GaussianProcess, PriorOnly
 from script import Refused, replacing
 
 MAX = 0.9  # no block loses more
@@ -45,6 +43,7 @@ KL_FLOOR, KL_CEILING = (
     1e2,
 )  # nats; y = log f2 is clipped: log 0 below, a model pruned to ruin above
 ASKED = (0.15, 0.75)  # mean sparsities that requests come from
+INFORMED = (0.42, 0.78)  # where curvature alone is not enough
 
 
 # --------------------------------------------------------------------------------- objectives
@@ -74,10 +73,47 @@ class Scale:
         lowest, highest = float(min(y)), float(max(y))
         return cls(lowest, max(highest, lowest + 1e-3))
 
-    def __call__(self, strategies, y):
-        """Scaled objectives (B, 2) of strategies (B, d) and y (B,)."""
-        size = (MAX - strategies.mean(1)) / MAX
-        return torch.stack([size, (y - self.lo) / (self.hi - self.lo)], 1)
+    def __call__(self, level, y):
+        """Scaled objectives (B, 2) of mean sparsities `level` (B,) and y (B,)."""
+        return torch.stack([(MAX - level) / MAX, (y - self.lo) / (self.hi - self.lo)], 1)
+
+
+class Layout:
+    """What a strategy's D numbers are: one sparsity for each of d blocks, or for each matrix of
+    them.
+
+    blocks    d;  sizes: None, or (m,) weights of the m matrices of a block: then D = m d, block by
+              block
+    share     (D,) of all block weights, sum 1;  features (D, d) or (D, d + m): x @ features is the
+              mean sparsity of every block and of every kind of matrix, what the GP's kernel sees
+    """
+
+    def __init__(self, blocks, sizes=None):
+        sizes = torch.ones(1) if sizes is None else torch.as_tensor(sizes)
+        sizes = sizes.double() / sizes.sum()
+        kinds = len(sizes)
+        self.blocks, self.kinds = blocks, kinds
+        self.share = (sizes / blocks).repeat(blocks)
+        eye = torch.eye(blocks, dtype=torch.float64)
+        of_block = torch.kron(eye, torch.ones(kinds, 1, dtype=torch.float64))
+        of_kind = torch.eye(kinds, dtype=torch.float64).repeat(blocks, 1)
+        self.members = torch.cat([of_block, of_kind], 1)  # (D, d + m), 1 where it belongs
+        self.features = torch.cat([of_block * self.share[:, None] * blocks, of_kind / blocks], 1)
+        if kinds == 1:
+            self.members, self.features = of_block, None
+
+    def level(self, strategies):
+        """Mean sparsity of strategies (..., D): what f1 sees."""
+        return strategies @ self.share
+
+    def noise(self, count, generator, by):
+        """Random moves (count, D): each block's matrices together by about `by`, each kind's by
+        half.
+        """
+        size = self.members.shape[1]
+        moves = by * torch.randn(count, size, generator=generator, dtype=torch.float64)
+        moves[:, self.blocks :] *= 0.5
+        return moves @ self.members.T
 
 
 def tchebycheff(objectives, requests):
@@ -111,18 +147,18 @@ def first_design(count, blocks, generator):
 
 # ----------------------------------------------------------------------------------- StratNet
 class StratNet(nn.Module):
-    """h_phi: requests (B, 2) -> strategies (B, d) in (0, MAX): two hidden layers of 256 for all
+    """h_phi: requests (B, 2) -> strategies (B, D) in (0, MAX): two hidden layers of 256 for all
     requests together. float64.
     """
 
-    def __init__(self, blocks, width=256):
+    def __init__(self, outputs, width=256):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(2, width),
             nn.ReLU(),
             nn.Linear(width, width),
             nn.ReLU(),
-            nn.Linear(width, blocks),
+            nn.Linear(width, outputs),
         )
         self.double()
 
@@ -133,7 +169,9 @@ class StratNet(nn.Module):
         return MAX * torch.sigmoid(self.logits(requests))
 
 
-def train_stratnet(net, gp, scale, steps, kappa, generator, requests_per_step=16, rate=1e-3):
+def train_stratnet(
+    net, layout, gp, scale, steps, kappa, generator, requests_per_step=16, rate=1e-3
+):
     """Minimise the expected Tchebycheff value over requests, with f2 at its lower confidence bound
     mean - kappa std.
 
@@ -146,7 +184,8 @@ def train_stratnet(net, gp, scale, steps, kappa, generator, requests_per_step=16
         requests = sample_requests(requests_per_step, generator)
         strategies = net(requests)
         mean, std = gp.posterior(strategies)
-        loss = tchebycheff(scale(strategies, mean - kappa * std), requests).mean()
+        objectives = scale(layout.level(strategies), mean - kappa * std)
+        loss = tchebycheff(objectives, requests).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -185,36 +224,38 @@ def hypervolume_gain(points, candidates):
     return (widths * (heights - candidates[:, 1:]).clamp(min=0)).sum(1)
 
 
-def candidate_strategies(net, count, wanted, between, generator):
-    """What StratNet answers to `count` random requests, of mean sparsity within ASKED; strategies
-    around it if too few are.
+def candidate_strategies(net, layout, count, wanted, between, generator):
+    """What StratNet answers to `count` random requests, of mean sparsity within `between`;
+    strategies
+    scattered over all levels if too few are.
     """
 
     def within(strategies):
-        level = strategies.mean(1)
+        level = layout.level(strategies)
         return strategies[(level >= between[0]) & (level <= between[1])]
 
-    strategies = net(sample_requests(count, generator))
-    chosen = within(strategies)
+    chosen = within(net(sample_requests(count, generator)))
     if len(chosen) < wanted:  # StratNet has collapsed: scatter around what is asked for
-        chosen = within(first_design(count, strategies.shape[1], generator))
+        levels = first_design(count, 1, generator).expand(-1, len(layout.share))
+        chosen = within(scattered(levels, layout, generator))
     return chosen
 
 
 @torch.no_grad()
-def select_batch(net, gp, scale, measured, count, kappa, generator, candidates=1000, between=ASKED):
-    """Strategies (count, d) to measure next: of those of random requests, the ones that greedily
+def select_batch(
+    net, layout, gp, scale, measured, count, kappa, generator, between=ASKED, candidates=1000
+):
+    """Strategies (count, D) to measure next: of those of random requests, the ones that
+    greedily
     add most hypervolume (PSL).
 
     A pick counts with its lower confidence bound. Only strategies of mean sparsity within `between`
-    may
-    be picked: without that,
-    half of the picks go where nobody asks (departs from PSL).
+    may be picked: without that, half of the picks go where nobody asks (departs from PSL).
     measured  scaled objectives (n, 2) so far
     """
-    strategies = candidate_strategies(net, candidates, count, between, generator)
+    strategies = candidate_strategies(net, layout, candidates, count, between, generator)
     mean, std = gp.posterior(strategies)
-    objectives, picks = scale(strategies, mean - kappa * std), []
+    objectives, picks = scale(layout.level(strategies), mean - kappa * std), []
     for _ in range(count):
         gain = hypervolume_gain(measured, objectives)
         gain[picks] = -1
@@ -231,14 +272,15 @@ def to_logits(strategies):
     return (strategies / MAX).clamp(1e-6, 1 - 1e-6).logit().clamp(-CLAMP, CLAMP)
 
 
-def scattered(strategies, generator, by=0.2):
-    """Strategies (c, d), each block moved at random by about `by` in its logit.
+def scattered(strategies, layout, generator, by=0.2):
+    """Strategies (c, D), each block (and kind of matrix) moved at random by about `by` in its
+    logits.
 
     Picks that all lie on StratNet's own curve would never teach the GP what is beside it (departs
     from PSL).
     """
-    noise = torch.randn(strategies.shape, generator=generator, dtype=torch.float64)
-    return MAX * torch.sigmoid(to_logits(strategies) + by * noise)
+    moved = to_logits(strategies) + layout.noise(len(strategies), generator, by)
+    return MAX * torch.sigmoid(moved)
 
 
 # -------------------------------------------------------------------------------- Algorithm 1
@@ -260,10 +302,12 @@ class SearchSettings:
 @dataclass
 class SearchResult:
     """log: [{"round", "strategy", "predicted", "measured"}], predicted = exp of the GP's mean
-    before measuring.
+    before
+    measuring.
     """
 
     net: StratNet
+    layout: Layout
     scale: Scale
     gp: GaussianProcess
     log: list
@@ -294,33 +338,76 @@ def record(log, round, strategies, measured, predicted):
         log.append({"round": round, "strategy": x.tolist(), "predicted": guess, "measured": kl})
 
 
-def search(measure, blocks, settings=None, seed=0, progress=None):
+def surrogate(layout, mean):
+    """An unfitted GP for strategies of a layout; `mean`: the name of one, or (t, q, r) of a"
+    " table."""
+    mean = mean if isinstance(mean, str) else CurvatureMean(*mean)
+    return GaussianProcess(mean, features=layout.features)
+
+
+def trained_on_prior(layout, curves, steps, generator):
+    """StratNet and Scale from the table of curvature alone, (t, q, r) (d, m) each: nothing is
+    measured.
+    """
+    prior = PriorOnly(CurvatureMean(*curves))
+    ends = torch.tensor([[0.05], [0.8]], dtype=torch.float64).expand(-1, len(layout.share))
+    net, scale = StratNet(len(layout.share)), Scale.of(prior.posterior(ends)[0])
+    with one_thread():
+        train_stratnet(net, layout, prior, scale, steps, 0.0, generator)
+    return net, scale
+
+
+@torch.no_grad()
+def informed_design(net, layout, count, generator):
+    """Strategies (count, D) to measure first where curvature is known: StratNet's own, at levels
+    stratified over INFORMED, scattered. Below, the table is right already; above 0.5 damage
+    compounds.
+    """
+    answers = net(sample_requests(1000, generator))
+    jitter = torch.rand(count, generator=generator, dtype=torch.float64)
+    levels = INFORMED[0] + (INFORMED[1] - INFORMED[0]) * (torch.arange(count) + jitter) / count
+    nearest = (layout.level(answers) - levels[:, None]).abs().argmin(1)
+    return scattered(answers[nearest], layout, generator, by=0.35)
+
+
+def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
     """Algorithm 1.
 
-    measure   list of strategies (d,) -> list of f2, KL in nats per token; every call is one batch,
-              costly
+    measure   list of strategies (D,) -> list of f2, KL in nats per token; each call is one costly
+              batch
+    layout    Layout, or the number of blocks;  curves: None, or (t, q, r) of a table of curvature
     progress  called with log and scale after every round
     returns   SearchResult; predictions of round 0 are None
     """
     s = settings or SearchSettings()
+    layout = Layout(layout) if isinstance(layout, int) else layout
+    mean = s.mean if curves is None else curves
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    net, log = StratNet(blocks), []
+    log = []
+    # 0. what the dense model already knows trains StratNet before anything is measured (ours)
+    if curves is not None:
+        net, scale = trained_on_prior(layout, curves, s.final_steps, g)
+        design = informed_design(net, layout, s.initial, g)
+    else:
+        net, scale = StratNet(len(layout.share)), None
+        design = first_design(s.initial, len(layout.share), g)
     # 1. measure a first design
-    design = first_design(s.initial, blocks, g)
     record(log, 0, design, measure(list(design)), [None] * s.initial)
-    scale = Scale.of(log_data(log)[1])
+    scale = scale or Scale.of(log_data(log)[1])
+    between = ASKED if curves is None else INFORMED
     for round in range(1, s.rounds + 1):
         X, y = log_data(log)
         with one_thread():
             # 2. fit the Gaussian process to everything measured so far
-            gp = GaussianProcess(s.mean).fit(X, y)
+            gp = surrogate(layout, mean).fit(X, y)
             # 3. update StratNet on its lower confidence bound
-            train_stratnet(net, gp, scale, s.steps, s.kappa, g)
+            train_stratnet(net, layout, gp, scale, s.steps, s.kappa, g)
             # 4. of random requests' strategies, pick the batch that adds most hypervolume; scatter
             # it
-            picks = select_batch(net, gp, scale, scale(X, y), s.batch, s.kappa, g)
-            picks = scattered(picks, g)
+            measured = scale(layout.level(X), y)
+            picks = select_batch(net, layout, gp, scale, measured, s.batch, s.kappa, g, between)
+            picks = scattered(picks, layout, g)
             predicted = gp.posterior(picks)[0].exp().tolist()
         # 5. prune, measure, remember
         record(log, round, picks, measure(list(picks)), predicted)
@@ -328,9 +415,9 @@ def search(measure, blocks, settings=None, seed=0, progress=None):
             progress(log, scale)
     # 6. refit, and train StratNet to the end on the mean alone
     with one_thread():
-        gp = GaussianProcess(s.mean).fit(*log_data(log))
-        train_stratnet(net, gp, scale, s.final_steps, 0.0, g)
-    return SearchResult(net, scale, gp, log)
+        gp = surrogate(layout, mean).fit(*log_data(log))
+        train_stratnet(net, layout, gp, scale, s.final_steps, 0.0, g)
+    return SearchResult(net, layout, scale, gp, log)
 
 
 # ------------------------------------------------------------------ from a sparsity to a strategy
@@ -354,7 +441,7 @@ def strategy_for(net, sparsity, counted_sparsity):
     for _ in range(30):
         middle = (low + high) / 2
         request = torch.tensor([[middle, 1 - middle]])
-        if float(net(request).mean()) < sparsity:
+        if counted_sparsity(net(request)[0]) < sparsity:
             low = middle
         else:
             high = middle
@@ -386,26 +473,38 @@ def shift_to(logits, sparsity, counted_sparsity):
 # ------------------------------------------------------------------------------------- on disk
 @dataclass
 class Trained:
-    """What stratnet.safetensors holds: StratNet, its scale, the measured strategies X (n, d), y
-    (n,), and settings.
+    """A StratNet and what it was trained on: measured strategies X (n, D), y (n,) = log f2, the
+    table
+    of curvature (3, d, m) = (t, q, r) or None, and settings.
     """
 
     net: StratNet
+    layout: Layout
     scale: Scale
     X: torch.Tensor
     y: torch.Tensor
+    curves: torch.Tensor | None
     about: dict
 
+    def gp(self):
+        """The surrogate, fitted again; nothing measured: the table alone."""
+        mean = self.about["mean"] if self.curves is None else self.curves
+        if len(self.y) == 0:
+            return PriorOnly(CurvatureMean(*mean))
+        return surrogate(self.layout, mean).fit(self.X, self.y)
 
-def save_stratnet(path, net, scale, X, y, about):
-    """StratNet, its scale and the measured strategies X (n, d), y (n,) in one safetensors file;
-    `about`: settings, as JSON.
-    """
-    tensors = dict(net.state_dict()) | {"X": X.double(), "y": y.double()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {"about": json.dumps(about | {"lo": scale.lo, "hi": scale.hi})}
+
+def save_stratnet(path, trained):
+    """`trained` in one safetensors file; its settings as JSON in the metadata."""
+    layout = trained.layout
+    tensors = dict(trained.net.state_dict()) | {"X": trained.X.double(), "y": trained.y.double()}
+    tensors["sizes"] = layout.share[: layout.kinds]
+    if trained.curves is not None:
+        tensors["curves"] = torch.as_tensor(trained.curves)
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    scale = {"lo": trained.scale.lo, "hi": trained.scale.hi}
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata)
+        save_file(tensors, partial, {"about": json.dumps(trained.about | scale)})
         partial.chmod(0o644)
 
 
@@ -418,19 +517,36 @@ def read_stratnet(path):
         about = json.loads(f.metadata()["about"])
     if not all(t.dtype == torch.float64 and t.isfinite().all() for t in tensors.values()):
         raise ValueError("a tensor is not float64, or not finite")
-    X, y = tensors.pop("X"), tensors.pop("y")
-    depth = len(tensors["layers.4.bias"])
+    if "sizes" not in tensors:
+        raise ValueError("it was made by an earlier version: train it again")
+    X, y, sizes = (tensors.pop(name) for name in ("X", "y", "sizes"))
+    curves = tensors.pop("curves", None)
+    outputs = len(tensors["layers.4.bias"])
+    check_fit(X, y, sizes, curves, outputs)
     scale = Scale(float(about["lo"]), float(about["hi"]))
-    ordered = -math.inf < scale.lo < scale.hi < math.inf
-    shaped = X.shape == (*y.shape, depth) and 0 < len(y) <= 10_000
-    if not (ordered and shaped and X.min() >= 0 and X.max() <= MAX):
-        raise ValueError("its strategies, values and scale do not fit together")
-    if about["mean"] not in MEANS:
+    if not -math.inf < scale.lo < scale.hi < math.inf:
+        raise ValueError("its scale is none")
+    if about["mean"] not in (*MEANS, "curvature") or (about["mean"] == "curvature") > (
+        curves is not None
+    ):
         raise ValueError("the mean of its surrogate is unknown")
     with torch.device("meta"):  # nothing is allocated for what the file only claims
-        net = StratNet(depth)
+        net = StratNet(outputs)
     net.load_state_dict(tensors, assign=True)
-    return Trained(net.eval(), scale, X, y, about)
+    layout = Layout(outputs // len(sizes), sizes)
+    return Trained(net.eval(), layout, scale, X, y, curves, about)
+
+
+def check_fit(X, y, sizes, curves, outputs):
+    """ValueError unless measured strategies, sizes and table belong to a StratNet of `outputs`."""
+    kinds = len(sizes)
+    shaped = X.shape == (*y.shape, outputs) and 0 < len(y) <= 10_000
+    if not (shaped and X.min() >= 0 and X.max() <= MAX):
+        raise ValueError("its strategies and values do not fit together")
+    if sizes.ndim != 1 or outputs > 10_000 or outputs % kinds or not sizes.min() > 0:
+        raise ValueError("its sizes are not those of the matrices of a block")
+    if curves is not None and curves.shape != (3, outputs // kinds, kinds):
+        raise ValueError("its table of curvature has another shape")
 
 
 def load_stratnet(path, blocks):
@@ -440,7 +556,7 @@ def load_stratnet(path, blocks):
     except Exception as error:  # a file that anyone may have written can be wrong in any way
         why = " ".join(str(error).split())[:200]
         raise Refused(f"{path} is no StratNet that can be read: {why}") from None
-    depth = trained.X.shape[1]
+    depth = trained.layout.blocks
     if depth != blocks:
         raise Refused(
             f"{path} is a StratNet for {depth} blocks, the model has {blocks}: python train.py"

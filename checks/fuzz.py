@@ -127,7 +127,7 @@ def make_folders(root):
     from safetensors.torch import save_file
 
     from llama import Config, Llama, load_llama, save_llama
-    from unicuco import Scale, StratNet, save_stratnet
+    from unicuco import Layout, Scale, StratNet, Trained, save_stratnet
 
     torch.manual_seed(0)
     spm = io.BytesIO()
@@ -190,11 +190,15 @@ def make_folders(root):
     (root / "stratnet").mkdir()
     save_stratnet(
         root / "stratnet" / "stratnet.safetensors",
-        StratNet(1),
-        Scale(-5.0, 1.0),
-        torch.rand(4, 1) * 0.9,
-        torch.rand(4),
-        {"mean": "blocks", "seed": 0},
+        Trained(
+            StratNet(1),
+            Layout(1),
+            Scale(-5.0, 1.0),
+            torch.rand(4, 1) * 0.9,
+            torch.rand(4),
+            None,
+            {"mean": "blocks", "seed": 0},
+        ),
     )
     (root / "requests").mkdir()
     (root / "requests" / "wishes.jsonl").write_text(

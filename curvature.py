@@ -1,0 +1,135 @@
+"""
+What pruning will cost, read from the dense model alone: a table of damages, one curve for every
+matrix, no evaluation of f2.
+
+Source    the Fisher information as the curvature of KL (Martens, arXiv 1412.1193); that it is
+          summed row by row and tabulated
+          along the order in which weights fall is this project's own.
+Reading   beside prune.py, whose ranks it follows. Next: train.py. gp.py's `CurvatureMean` is made
+          of the three numbers a matrix.
+Shapes    d blocks of 7 Linears, W (d_out, d_in), G = d sum_t log p(y_t) / d W; level l drops the
+          lowest l / LEVELS of every row.
+
+From KL to the table, in five lines; delta = -W where a weight goes, 0 elsewhere, p the dense model:
+
+    KL(p || p_pruned) = 1/2 E_{y ~ p} <d log p(y) / d W, delta>^2 + O(delta^3)      (both KL and its
+    gradient vanish at delta = 0)
+                      = 1/2 E (sum over matrices m and rows i of s_mi)^2,  s_mi = -(sum over the
+                      dropped j of G_ij W_ij)
+                      ~ sum_m sum_i 1/2 E s_mi^2          (cross terms of rows and matrices drown in
+                      the noise of drawing y)
+    c_m(l / LEVELS)   = sum_i s_mi(l)^2 / (2 T), mean over N windows of T tokens    (nats per token;
+    one backward pass a window)
+    log c_m(x)        ~ t_m + q_m log(x + SHIFT) + r_m x                            (least squares
+    over the inner levels)
+"""
+
+import torch
+from tqdm import tqdm
+
+from gp import SHIFT
+from model import LINEARS
+
+LEVELS = 16
+PASSES, PASS_TOKENS = 16, 256  # backward passes, and the tokens of each
+# what a pass costs, in forward passes of its tokens: forward, forward again block by block,
+# backward for two
+FORWARDS = 4
+
+
+def dropped_sums(G, W, ranks):
+    """s_mi: for each row of G and W (d_out, d_in), the sum of G_ij W_ij over the lowest l / LEVELS
+    ranks -> (d_out, LEVELS), float64.
+    """
+    bins = ranks.long() * LEVELS // ranks.shape[1]
+    sums = torch.zeros(len(G), LEVELS, device=G.device)
+    sums.scatter_add_(1, bins, G.float() * W.float())
+    return sums.double().cumsum(1)
+
+
+def output_gradient(model, h, generator):
+    """d sum_t log p(y_t) / d h of final states h (1, T, D), y_t drawn from the model's own
+    distribution at each position.
+    """
+    h = h.detach().requires_grad_()
+    log_p = model.head(model.norm(h))[0].float().log_softmax(-1)
+    y = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(h.device)
+    (gradient,) = torch.autograd.grad(log_p.gather(1, y).sum(), h)
+    return gradient
+
+
+def block_gradients(block, h, rotary, gradient):
+    """Backward through one block from the gradient of its output: (gradient of its input h, [G of
+    its seven matrices]).
+    """
+    h = h.detach().requires_grad_()
+    weights = [block.get_submodule(name).weight for name in LINEARS]
+    for W in weights:
+        W.requires_grad_(True)
+    try:
+        gradient, *G = torch.autograd.grad(block(h, rotary), [h, *weights], gradient)
+    finally:
+        for W in weights:
+            W.requires_grad_(False)
+    return gradient, G
+
+
+def add_pass(pruner, window, generator, table):
+    """Add c_m(l) of one window (T,) to `table` (d, 7, LEVELS): forward once, then backward block by
+    block.
+
+    Only the input of each block is kept, and each block is computed again for its gradient: so
+    blocks may live in host memory.
+    """
+    model = pruner.model
+    rotary = model.rotary(len(window))
+    with torch.no_grad():
+        inputs = [model.embed(window[None])]
+        for block in model.blocks:
+            inputs.append(block(inputs[-1], rotary))
+    gradient = output_gradient(model, inputs.pop(), generator)
+    for i, block in zip(reversed(range(len(inputs))), reversed(model.blocks)):
+        gradient, G = block_gradients(block, inputs[i], rotary, gradient)
+        for j, g in enumerate(G):
+            W, ranks = pruner.dense[i][j].to(g.device), pruner.ranks[i][j].to(g.device)
+            sums = dropped_sums(g, W, ranks)
+            table[i, j] += (sums**2).sum(0).cpu() / (2 * len(window))
+
+
+def damage_table(pruner, windows, passes=PASSES, tokens=PASS_TOKENS, seed=0):
+    """c_m at the levels 1 / LEVELS to 1, (d, 7, LEVELS) float64 in nats per token, of the dense
+    model on some of windows (n, T).
+    """
+    pruner.restore()
+    pieces = windows.flatten()
+    tokens = min(tokens, len(pieces))
+    pieces = pieces[: len(pieces) // tokens * tokens].view(-1, tokens)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(pieces), generator=generator)[:passes]
+    table = torch.zeros(len(pruner.live), len(LINEARS), LEVELS, dtype=torch.float64)
+    device = pruner.model.embed.weight.device
+    for window in tqdm(pieces[chosen].to(device), desc="curvature", disable=None, leave=False):
+        add_pass(pruner, window, generator, table)
+    return table / len(chosen)
+
+
+def fit_curves(table):
+    """t, q, r (d, 7) of log c = t + q log(x + SHIFT) + r x, least squares over the inner levels of
+    table (d, 7, LEVELS).
+    """
+    x = torch.arange(1, LEVELS, dtype=torch.float64) / LEVELS
+    features = torch.stack([torch.ones_like(x), (x + SHIFT).log(), x], 1)
+    log_c = table[..., :-1].clamp(min=1e-12).log()
+    t, q, r = torch.linalg.lstsq(features, log_c.flatten(0, 1).T).solution
+    return tuple(v.view(table.shape[:2]) for v in (t, q, r))
+
+
+def read_curves(pruner, windows, seed=0):
+    """t, q, r (d, 7) of the dense model, from some of windows (n, T): what `search` starts from."""
+    return fit_curves(damage_table(pruner, windows, seed=seed))
+
+
+def cost_in_tokens(windows):
+    """Tokens of forward passes that `read_curves` costs: what a table of budgets counts."""
+    tokens = min(PASS_TOKENS, windows.numel())
+    return FORWARDS * tokens * min(PASSES, windows.numel() // tokens)

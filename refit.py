@@ -1,0 +1,161 @@
+"""
+Survivors that follow the dense model: the masks stay, the kept weights of every Linear move to make
+good what pruning cost.
+
+Source    least squares on a fixed mask by preconditioned conjugate gradients is the last step of
+          ALPS (arXiv 2406.07831); that
+          the target is the dense model's output, not W times the pruned input, is GPTAQ's (arXiv
+          2504.02692).
+Reading   beside prune.py, whose --refit calls `follow`. Next: train.py. Can be skipped at first.
+Shapes    x (tokens, d_in) inputs in the pruned model, y (tokens, d_out) wanted outputs,
+          H = x^T x (d_in, d_in), C = y^T x (d_out, d_in), all float32; windows (n, T).
+Not here  new masks (tried: re-ranking on the pruned prefix gives nothing), gradient descent through
+          the whole model.
+"""
+
+import torch
+from tqdm import tqdm
+
+from eval import batches
+from model import LINEARS
+
+STEPS = 8  # of conjugate gradients: within 3 % of the exact solution's error
+DAMPING = 0.1  # of the mean diagonal of H: how strongly survivors are held to their old values
+GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # Linears that read one input: q k v | o | gate up | down
+
+
+def least_squares(W, kept, H, C, steps=STEPS, damping=DAMPING):
+    """argmin_V ||x V^T - y||^2 + lam ||V - W||^2 over V that is 0 outside `kept`, lam = damping *
+    mean diag H.
+
+    W, C      (d_out, d_in) float32;  kept: (d_out, d_in) bool;  H: (d_in, d_in) float32, positive
+              semidefinite
+    returns   (d_out, d_in) float32, +0.0 where nothing is kept
+    The normal equations of a row, (V (H + lam I))[kept] = (C + lam W)[kept], differ from row to row
+    by their mask alone, so all
+    rows go through conjugate gradients together, one product with H a step; preconditioner: 1 /
+    diag. lam > 0, so a singular H
+    is no exception, and inputs that are all zero leave W as it was.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    lam = (damping * H.diagonal().mean()).clamp(min=1e-12)
+    H = H + lam * torch.eye(len(H), device=H.device)
+    inverse = H.diagonal().reciprocal()
+    V = W * kept
+    residual = (C + lam * W - V @ H) * kept
+    direction = residual * inverse
+    energy = (residual * direction).sum(1, keepdim=True)
+    for _ in range(steps):
+        product = direction @ H * kept
+        length = energy / (direction * product).sum(1, keepdim=True).clamp(min=tiny)
+        V += length * direction
+        residual -= length * product
+        scaled = residual * inverse
+        before = energy
+        energy = (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + energy / before.clamp(min=tiny) * direction
+    return torch.where(kept, V, 0)  # W * kept left -0.0 where a negative weight went
+
+
+def storable(V, W, dtype):
+    """V rounded to `dtype`, the source's; a row that it cannot hold (float16 ends at 65504) stays
+    as in W, on its mask.
+    """
+    rounded = V.to(dtype)
+    fits = rounded.isfinite().all(1, keepdim=True)
+    return torch.where(fits, rounded, torch.where(V != 0, W, 0).to(dtype))
+
+
+def gram(x):
+    """x^T x (d_in, d_in): numpy calls BLAS's symmetric product, twice as fast on the CPU as the
+    general one.
+    """
+    if x.is_cuda:
+        return x.T @ x
+    columns = x.numpy()
+    return torch.from_numpy(columns.T @ columns)
+
+
+class Wanted:
+    """What the refitted block shall reach on one batch, recorded while the block is dense: a target
+    for each of GROUPS.
+    """
+
+    def __init__(self, block, h, rotary):
+        (attention_in, _), _, (mlp_in, after_attention), _, (_, self.output) = block.walk(h, rotary)
+        self.targets = attention_in, after_attention, mlp_in, self.output
+
+    def residual_target(self, group, stream, bias):
+        """o and down write into the stream: what it still lacks of the dense one's, less their bias
+        (B T, d_out).
+        """
+        lacking = self.targets[group].float() - stream.float()
+        return (lacking if bias is None else lacking - bias.float()).flatten(0, 1)
+
+
+def normal_equations(walks, wanted, group, bias):
+    """Advance every batch to the inputs of `group` -> H and C, summed over the batches.
+
+    For q, k, v, gate and up, y is the dense model's input: W C is then what W needs, whatever its
+    rows.
+    """
+    H = C = 0
+    for walk, want in zip(walks, wanted):
+        x, stream = next(walk)
+        x = x.flatten(0, 1).float()
+        if group % 2:
+            y = want.residual_target(group, stream, bias)
+        else:
+            y = want.targets[group].flatten(0, 1).float()
+        H = H + gram(x)
+        C = C + y.T @ x
+    return H, C
+
+
+def refit_matrix(pruner, i, j, kept, H, target, linear, dtype, **solver):
+    """Solve for matrix j of block i, write it into the live weights and into `linear`, the module
+    that computes; the new values.
+
+    Both are one unless blocks are offloaded: then `linear` is the block's room on the device.
+    """
+    W = pruner.dense[i][j].to(H.device)
+    V = least_squares(W.float(), kept.to(H.device), H, target, **solver)
+    V = storable(V, W, dtype)
+    pruner.live[i][j].copy_(V)
+    linear.weight.copy_(V)
+    return V
+
+
+@torch.inference_mode()
+def follow(pruner, masks, windows, dtypes=None, **solver):
+    """Prune the model by `masks` and refit what survives, block by block, on calibration windows
+    (n, T).
+
+    masks     {parameter name: bool (d_out, d_in), True = kept}; a matrix without one stays dense
+    dtypes    {parameter name: dtype} of the source's files, to which values are rounded before they
+              are used; default: as computed
+    solver    steps, damping: see `least_squares`
+    returns   {parameter name: values (d_out, d_in)} on the CPU, for `save_llama`
+    """
+    model, values = pruner.model, {}
+    pruner.restore()
+    rotary = model.rotary(windows.shape[1])
+    pruned = [model.embed(w) for w in batches(windows.to(model.embed.weight.device))]
+    dense = list(pruned)
+    for i, block in enumerate(tqdm(model.blocks, desc="refitting", disable=None, leave=False)):
+        wanted = [Wanted(block, h, rotary) for h in dense]
+        walks = [block.walk(h, rotary) for h in pruned]
+        for group, members in enumerate(GROUPS):
+            linears = [block.get_submodule(LINEARS[j]) for j in members]
+            H, C = normal_equations(walks, wanted, group, linears[0].bias)
+            for j, linear in zip(members, linears):
+                name = pruner.names[i][j]
+                if masks.get(name) is None:
+                    continue
+                target = C if group % 2 else linear.weight.float() @ C
+                dtype = (dtypes or {}).get(name, linear.weight.dtype)
+                V = refit_matrix(pruner, i, j, masks[name], H, target, linear, dtype, **solver)
+                values[name] = V.cpu()
+        pruned = [next(walk)[1] for walk in walks]
+        dense = [want.output for want in wanted]
+    return values

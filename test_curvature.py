@@ -1,0 +1,103 @@
+"""
+The table of damages: by hand, against a plain loop with autograd, against measured KL.
+
+Run       pytest test_curvature.py        (each tolerance has its dtype beside it)
+"""
+
+import math
+
+import pytest
+import torch
+
+import curvature
+from conftest import ROOT, random_model, relative
+from eval import Divergence, draw, load_texts
+from llama import load_llama
+from model import LINEARS
+from offload import offload_blocks
+from prune import Pruner, keep_mask
+
+
+def test_dropped_sums_on_a_matrix_worked_by_hand(monkeypatch):
+    monkeypatch.setattr(curvature, "LEVELS", 3)
+    G = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 2.0]])
+    W = torch.tensor([[4.0, -1.0, 2.0], [2.0, 3.0, 1.0]])
+    ranks = torch.tensor([[2, 0, 1], [0, 2, 1]], dtype=torch.int16)
+    # row 0 loses -1 * 2, then 2 * 3, then 4 * 1; row 1 loses 2 * 0.5, then 1 * 2, then 3 * -1
+    assert curvature.dropped_sums(G, W, ranks).tolist() == [[-2, 4, 8], [1, 3, 0]]
+
+
+def test_the_table_equals_autograd_on_the_whole_model_with_masks_applied_one_by_one():
+    model = random_model()
+    windows = torch.randint(3, 512, (2, 32), generator=torch.Generator().manual_seed(0))
+    pruner = Pruner(model, windows)
+    table = curvature.damage_table(pruner, windows, passes=1, tokens=32, seed=3)
+    assert table.shape == (3, 7, curvature.LEVELS) and (table[..., 1:] >= 0).all()
+    generator = torch.Generator().manual_seed(3)
+    window = windows[torch.randperm(2, generator=generator)[0]]
+    log_p = model(window[None])[0].log_softmax(-1)
+    y = torch.multinomial(log_p.exp(), 1, generator=generator)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    model(window[None])[0].log_softmax(-1).gather(1, y).sum().backward()
+    for i, block in enumerate(model.blocks):
+        for j, name in enumerate(LINEARS):
+            W = block.get_submodule(name).weight
+            for level in (4, 8, 12):
+                kept = pruner.ranks[i][j] >= level * W.shape[1] / curvature.LEVELS
+                s = (W.grad * W * ~kept).sum(1)
+                expected = float((s**2).sum() / (2 * 32))
+                assert float(table[i, j, level - 1]) == pytest.approx(expected, rel=1e-4)  # float32
+
+
+def test_offloaded_blocks_give_the_same_table_and_the_model_is_left_as_it_was():
+    windows = torch.randint(3, 512, (2, 32), generator=torch.Generator().manual_seed(0))
+    tables = []
+    for offloaded in (False, True):
+        model = random_model()
+        if offloaded:
+            offload_blocks(model, "cpu")
+        pruner = Pruner(model, windows)
+        tables.append(curvature.damage_table(pruner, windows, passes=2, tokens=32))
+        assert not any(p.requires_grad for p in model.parameters())
+        assert all(
+            torch.equal(a, b) for x, y in zip(pruner.live, pruner.dense) for a, b in zip(x, y)
+        )
+    assert torch.equal(*tables)
+
+
+def test_curves_fitted_to_a_table_of_their_own_form_are_found_again():
+    t, q, r = torch.tensor([[-5.0, -2.0]]), torch.tensor([[1.5, 2.5]]), torch.tensor([[1.0, 4.0]])
+    x = torch.arange(1, curvature.LEVELS + 1) / curvature.LEVELS
+    table = (t[..., None] + q[..., None] * (x + 1e-3).log() + r[..., None] * x).exp().double()
+    found = curvature.fit_curves(table)
+    assert all(relative(a, b.double()) < 1e-5 for a, b in zip(found, (t, q, r)))  # float32 table
+    assert all(v.isfinite().all() for v in curvature.fit_curves(table * 0))
+
+
+@pytest.mark.slow
+def test_damages_of_single_matrices_are_within_a_quarter_of_their_measured_kl_on_tiny():
+    model, tokenizer = load_llama(ROOT / "tiny")
+    windows, _ = load_texts(tokenizer, None, None, 512)
+    calibration, measured_on = draw(windows, [32, 8], 0)
+    pruner = Pruner(model, calibration)
+    table = curvature.damage_table(pruner, calibration)
+    divergence = Divergence(model, measured_on)
+    gaps = []
+    for i in (1, 4, 7, 10):
+        for j in range(7):
+            strategy = torch.zeros(12, 7, dtype=torch.float64)
+            strategy[i, j] = 0.5
+            pruner.apply(strategy)
+            gaps.append(abs(math.log(float(table[i, j, 7]) / divergence())))
+    pruner.restore()
+    assert sorted(gaps)[len(gaps) // 2] < 0.25, gaps  # nats of log KL, the median
+
+
+def test_ranks_and_levels_drop_the_same_weights_as_a_mask():
+    score = torch.rand(5, 32, generator=torch.Generator().manual_seed(0))
+    G, W = torch.randn(5, 32), torch.randn(5, 32)
+    sums = curvature.dropped_sums(G, W, torch.argsort(torch.argsort(score)).short())
+    for level in (1, 8, 15):
+        gone = ~keep_mask(score, level / curvature.LEVELS)
+        assert relative(sums[:, level - 1], (G * W * gone).sum(1).double()) < 1e-4  # float32

@@ -1,0 +1,164 @@
+"""
+Refitted survivors: against the normal equations, on inputs that break a solver, end to end.
+
+Run       pytest test_refit.py        (each tolerance has its dtype beside it)
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import prune
+import refit
+from conftest import CPU, ROOT, call, random_model, relative, write_small
+from eval import Divergence, draw, load_texts
+from llama import load_llama
+from model import Block
+from offload import offload_blocks
+from patterns import pattern_masks
+from prune import Pruner
+
+
+def problem(rows=5, columns=12, tokens=200, seed=0):
+    """W, mask, inputs x (tokens, columns) and targets y (tokens, rows)."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=g) @ torch.randn(columns, columns, generator=g)
+    W, y = torch.randn(rows, columns, generator=g), torch.randn(tokens, rows, generator=g)
+    return W, torch.rand(rows, columns, generator=g) > 0.5, x, y
+
+
+def test_enough_steps_solve_the_normal_equations_of_every_row_exactly():
+    W, kept, x, y = problem()
+    H, C = x.T @ x, y.T @ x
+    V = refit.least_squares(W, kept, H, C, steps=60)
+    lam = refit.DAMPING * H.diagonal().mean()
+    for row in range(len(W)):
+        k = kept[row]
+        A = (H + lam * torch.eye(12))[k][:, k].double()
+        b = (C + lam * W)[row, k].double()
+        assert relative(V[row, k].double(), torch.linalg.solve(A, b)) < 1e-4  # float32
+    assert (V[~kept] == 0).all() and not V[~kept].signbit().any()
+
+
+def test_the_default_steps_lose_at_most_3_percent_of_what_the_exact_solution_gains():
+    W, kept, x, y = problem(24, 48, 400, seed=1)
+    y = x @ W.T  # the dense outputs
+    H, C = x.T @ x, y.T @ x
+    error = lambda V: float(((x @ V.T - y) ** 2).sum())
+    masked, ours = error(W * kept), error(refit.least_squares(W, kept, H, C))
+    exact = error(refit.least_squares(W, kept, H, C, steps=400))
+    assert exact < ours < masked and masked - ours > 0.97 * (masked - exact)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_a_singular_h_and_inputs_that_are_all_zero_are_no_exception(rank):
+    W, kept, x, y = problem()
+    x[rank:] = 0
+    V = refit.least_squares(W, kept, x.T @ x, y.T @ x)
+    assert V.isfinite().all() and (V[~kept] == 0).all()
+    if rank == 0:
+        assert torch.equal(V, torch.where(kept, W, 0))
+
+
+def test_a_row_that_float16_cannot_hold_keeps_its_old_values_and_the_others_move():
+    W = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    V = torch.tensor([[1e5, 0.0, 2.0], [7.0, 0.0, 8.0]])
+    assert refit.storable(V, W, torch.float16).tolist() == [[1, 0, 3], [7, 0, 8]]
+    assert refit.storable(V, W, torch.float32).tolist() == V.tolist()
+
+
+def test_a_block_is_its_four_steps_and_each_yields_the_input_of_its_linears():
+    model = random_model()
+    block, rotary = model.blocks[0], model.rotary(8)
+    assert isinstance(block, Block)
+    h = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    seen = {}
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        hook = lambda module, args, name=name: seen.update({name: args[0]})
+        block.get_submodule(name).register_forward_pre_hook(hook)
+    output = block(h, rotary)
+    *steps, last = block.walk(h, rotary)
+    assert all(torch.equal(x, y) for (x, _), y in zip(steps, seen.values()))
+    assert last[0] is None and torch.equal(last[1], output)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "biases"])
+@pytest.mark.parametrize("pattern", [False, True])
+def test_on_its_own_windows_a_refit_lowers_kl_and_keeps_masks_and_counts(tmp_path, family, pattern):
+    more = {
+        "llama": {},
+        "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
+        "biases": {"attention_bias": True, "mlp_bias": True},
+    }
+    model, _ = load_llama(write_small(tmp_path / "model", **more[family]))
+    windows = torch.randint(3, 4096, (16, 64), generator=torch.Generator().manual_seed(1))
+    divergence, pruner = Divergence(model, windows), Pruner(model, windows)
+    strategy = [0.5, 0.4, 0.5]
+    masks = pattern_masks(pruner, strategy, 2, 4) if pattern else pruner.masks(strategy)
+    pruner.apply_masks(masks)
+    before = divergence()
+    values = refit.follow(pruner, masks, windows)
+    assert values.keys() == set(masks) and divergence() < 0.8 * before
+    live = dict(model.named_parameters())
+    for name, V in values.items():
+        assert torch.equal(live[name], V) and (V[~masks[name]] == 0).all()
+        assert not V[~masks[name]].signbit().any() and (V[masks[name]] != 0).float().mean() > 0.99
+    for name, W in zip(pruner.names[0], pruner.dense[0]):
+        assert name in masks or torch.equal(live[name], W)
+    pruner.restore()
+    assert divergence() == 0
+
+
+def test_offloaded_blocks_are_refitted_bit_for_bit_like_resident_ones(small):
+    windows = torch.randint(3, 4096, (8, 64), generator=torch.Generator().manual_seed(1))
+    results = []
+    for offloaded in (False, True):
+        model, _ = load_llama(small)
+        if offloaded:
+            offload_blocks(model, "cpu")
+        divergence, pruner = Divergence(model, windows), Pruner(model, windows)
+        values = refit.follow(pruner, pruner.masks([0.3, 0.5, 0.6]), windows)
+        results.append((divergence.measure(), values))
+    (kl, one), (kl_, two) = results
+    assert kl == kl_ and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_prune_refits_by_default_stores_the_sources_dtype_and_packed_is_plain(text, tmp_path):
+    source = write_small(tmp_path / "source", dtype=torch.float16)
+    words = ("--model", source, "--data", text, "--seqlen", 64, "--calibration", 8)
+    words = (*words, "--tokens", 128, "--uniform", "--sparsity", 0.5, *CPU)
+    for name, more in (("plain", ()), ("packed", ("--packed",)), ("kept", ("--no-refit",))):
+        assert call(prune, *words, "--out", tmp_path / name, *more) == 0
+    plain, packed = (load_llama(tmp_path / name)[0].state_dict() for name in ("plain", "packed"))
+    assert all(torch.equal(plain[n], packed[n]) for n in plain)
+    dense, kept, moved = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("source", "kept", "plain")
+    )
+    for name in kept:
+        assert moved[name].dtype == torch.float16
+        if name.endswith("_proj.weight"):
+            assert torch.equal(moved[name] == 0, kept[name] == 0)
+            assert torch.equal(kept[name], torch.where(kept[name] != 0, dense[name], 0))
+            assert not torch.equal(moved[name], kept[name])
+        else:
+            assert torch.equal(moved[name], dense[name])
+    records = {
+        n: json.loads((tmp_path / n / "strategy.json").read_text()) for n in ("plain", "kept")
+    }
+    assert records["plain"]["refitted"] and not records["kept"]["refitted"]
+    assert records["plain"]["counted"] == records["kept"]["counted"] == 0.5
+
+
+@pytest.mark.slow
+def test_on_unseen_text_a_refit_halves_the_kl_of_uniform_pruning_on_tiny():
+    model, tokenizer = load_llama(ROOT / "tiny")
+    windows, held_out = load_texts(tokenizer, None, None, 512)
+    (calibration,) = draw(windows, [16], 0)
+    unseen = next(iter(held_out.values()))[:8]
+    divergence, pruner = Divergence(model, unseen), Pruner(model, calibration)
+    pruner.apply([0.6] * 12)
+    before = divergence()
+    refit.follow(pruner, pruner.masks([0.6] * 12), calibration)
+    assert divergence() < 0.55 * before
