@@ -733,7 +733,7 @@ def add_searches(parser):
     budget = "evaluations that EvoPress may spend on each request"
     parser.add_argument("--budget", **number, default=20, help=budget)
     initial = "strategies that UniCuCo measures first"
-    parser.add_argument("--initial", **number, default=48, help=initial)
+    parser.add_argument("--initial", **number, default=40, help=initial)
     parser.add_argument("--rounds", **number, default=4, help="its rounds of 4 more")
 
 

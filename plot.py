@@ -1,23 +1,56 @@
 """
-Figures from the JSON that train.py and bench.py write: strategies block by block, the front,
-predicted against measured, the bars.
+Figures of a run of train.py: a strategy matrix by matrix, the front, predicted against measured;
+and the tables of both pages.
 
-Reading   after bench.py. Nothing is computed here but StratNet's own curve.
+Reading   beside compare.py, after train.py. Nothing is computed here but StratNet's own curve.
 Laptop    python plot.py                     (5 s; reads out/tiny, writes PNG and SVG into
           out/tiny/figures)
+          python plot.py --tables            (2 s; rewrites the tables of README.md and RESULTS.md
+          from results/)
 Full      python plot.py --run out/SmolLM2-135M --out results/figures
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from script import Parser, Refused, read_json, replacing, run
-from unicuco import load_stratnet, strategy_for
+import tables
+from model import LINEARS
+from script import Parser, Refused, replacing, run
+from unicuco import MAX, Trained, load_stratnet, strategy_for
 
 # Okabe and Ito's colours, told apart by colour-blind readers too
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
+SHOWN = (0.3, 0.5, 0.7)  # requests whose strategies are drawn
+
+
+@dataclass
+class Made:
+    """What train.py wrote: measured.json, results.json, stratnet.safetensors."""
+
+    measured: list
+    rows: list
+    trained: Trained
+
+    @classmethod
+    def read(cls, folder):
+        measured, rows = read_list(folder / "measured.json"), read_list(folder / "results.json")
+        path = folder / "stratnet.safetensors"
+        try:
+            outputs = len(measured[0]["strategy"])
+            blocks = outputs // len(LINEARS) if outputs % len(LINEARS) == 0 else outputs
+            rows[0]["method"], measured[0]["predicted"]
+        except (KeyError, IndexError, TypeError):
+            raise Refused(f"{folder} holds no run of train.py: python train.py makes one") from None
+        return cls(measured, rows, load_stratnet(path, blocks))
+
+    def strategy(self, sparsity):
+        """StratNet's strategy for a sparsity, (d, m)."""
+        layout = self.trained.layout
+        x = strategy_for(self.trained.net, sparsity, lambda x: float(layout.level(x)))
+        return x.view(layout.blocks, layout.kinds)
 
 
 def read_list(path):
@@ -27,141 +60,79 @@ def read_list(path):
         raise Refused(f"{path} is not there or not readable: python train.py writes it") from None
 
 
-def blocks(axes, net, cmap):
-    """One line for each request: the sparsity of every block."""
-    for s in (0.3, 0.4, 0.5, 0.6, 0.7):
-        colour = cmap((s - 0.3) * 2.1)
-        strategy = strategy_for(net, s, lambda x: float(x.mean()))
-        axes.plot(range(1, len(strategy) + 1), strategy, "o-", color=colour, ms=4, lw=1.5)
-        axes.axhline(s, color=colour, lw=0.8, ls=":")
-        axes.annotate(
-            f"{s:g}",
-            (len(strategy), strategy[-1]),
-            xytext=(8, -3),
-            textcoords="offset points",
-            color=colour,
-        )
-    axes.set(
-        xlabel="block",
-        ylabel="sparsity of the block",
-        title="StratNet's strategy for five requests (dotted: uniform)",
-    )
-    axes.set_xticks(range(1, len(strategy) + 1, 1 if len(strategy) < 16 else 3))
+# ------------------------------------------------------------------------------------- figures
+def strategies(figure, made):
+    """Heat maps, matrices by blocks, one for each of SHOWN: how much StratNet takes from what."""
+    panels = figure.subplots(len(SHOWN), 1, sharex=True)
+    names = [name.split(".")[1].removesuffix("_proj") for name in LINEARS]
+    for axes, sparsity in zip(panels, SHOWN):
+        x = made.strategy(sparsity)
+        image = axes.imshow(x.T, vmin=0, vmax=MAX, cmap="cividis", aspect="auto")
+        axes.set_yticks(range(x.shape[1]), names if x.shape[1] == len(names) else ["block"])
+        axes.tick_params(length=0, labelsize=8)
+        axes.set_title(f"request: sparsity {sparsity:g}", loc="left")
+    blocks = made.trained.layout.blocks
+    ticks = range(0, blocks, 1 if blocks < 16 else 3)
+    panels[-1].set_xticks(ticks, [i + 1 for i in ticks])
+    panels[-1].set_xlabel("block")
+    figure.colorbar(image, ax=panels, label="sparsity of the matrix", shrink=0.8)
 
 
-def front(axes, measured, rows, net, scale, gp):
-    """All measured strategies, StratNet's curve as the surrogate sees it, and both methods on
-    unseen text.
+def measured_points(axes, made):
+    """Size and KL of all measured strategies, the first design apart."""
+    X = torch.tensor([e["strategy"] for e in made.measured], dtype=torch.float64)
+    sizes = (1 - made.trained.layout.level(X)).tolist()
+    points = list(zip(sizes, made.measured))
+    first = [(s, e["measured"]) for s, e in points if e["round"] == 0]
+    picked = [(s, e["measured"]) for s, e in points if e["round"]]
+    axes.scatter(*zip(*first), s=14, color=GREY, alpha=0.7, label="measured, first design")
+    if picked:  # --rounds 0 picks none
+        axes.scatter(*zip(*picked), s=14, color=BLUE, alpha=0.7, label="measured, picked")
+
+
+def front(figure, made):
+    """All measured strategies, StratNet's curve as the surrogate sees it, both methods on unseen
+    text.
     """
-    sizes = [1 - sum(e["strategy"]) / len(e["strategy"]) for e in measured]
-    first = [e["round"] == 0 for e in measured]
-    for chosen, colour, label in (
-        (True, GREY, "measured, first design"),
-        (False, BLUE, "measured, picked by StratNet"),
-    ):
-        points = [(s, e["measured"]) for s, e, f in zip(sizes, measured, first) if f == chosen]
-        if points:  # --rounds 0 picks none
-            axes.scatter(*zip(*points), s=14, color=colour, alpha=0.7, label=label)
+    axes = figure.subplots()
+    measured_points(axes, made)
     with torch.no_grad():
         l1 = torch.linspace(0, 1, 200, dtype=torch.float64)
-        x = net(torch.stack([l1, 1 - l1], 1))
-        axes.plot(
-            1 - x.mean(1),
-            gp.posterior(x)[0].exp(),
-            color=BLUE,
-            lw=1,
-            label="StratNet, as predicted",
-        )
-    for method, colour, label in (
-        ("uniform", ORANGE, "uniform, unseen text"),
-        ("unicuco", GREEN, "StratNet, unseen text"),
-    ):
-        mine = [r for r in rows if r["method"] == method and r["test"] == rows[0]["test"]]
-        axes.plot(
-            [1 - r["counted"] for r in mine],
-            [r["kl"] for r in mine],
-            "s--",
-            color=colour,
-            ms=5,
-            lw=1,
-            label=label,
-        )
-    axes.set(
-        yscale="log",
-        xlabel="size f1: fraction of block weights that survive",
-        ylabel="divergence f2: KL, nats per token",
-        title="The Pareto front",
-    )
+        x = made.trained.net(torch.stack([l1, 1 - l1], 1))
+        predicted = made.trained.gp().posterior(x)[0].exp()
+    sizes = 1 - made.trained.layout.level(x)
+    axes.plot(sizes, predicted, color=BLUE, lw=1, label="StratNet, as predicted")
+    drawn = (("uniform", ORANGE, "uniform"), ("unicuco", GREEN, "StratNet"))
+    for method, colour, label in drawn:
+        mine = [r for r in made.rows if r["method"] == method]
+        mine = [r for r in mine if r["test"] == made.rows[0]["test"]]
+        counted, kl = [1 - r["counted"] for r in mine], [r["kl"] for r in mine]
+        axes.plot(counted, kl, "s--", color=colour, ms=5, lw=1, label=label + ", unseen text")
+    axes.set(yscale="log", title="The Pareto front")
+    axes.set_xlabel("size f1: fraction of block weights that survive")
+    axes.set_ylabel("divergence f2: KL, nats per token")
     axes.legend(frameon=False, fontsize=8)
 
 
-def prediction(axes, measured):
+def prediction(figure, made):
     """Predicted against measured KL, by round."""
-    asked = [e for e in measured if e["predicted"]]
-    points = axes.scatter(
-        [e["measured"] for e in asked],
-        [e["predicted"] for e in asked],
-        c=[e["round"] for e in asked],
-        cmap="cividis",
-        s=22,
-    )
-    ends = [min(e["measured"] for e in asked) * 0.8, max(e["measured"] for e in asked) * 1.25]
+    axes = figure.subplots()
+    asked = [e for e in made.measured if e["predicted"]]
+    measured, predicted = [e["measured"] for e in asked], [e["predicted"] for e in asked]
+    rounds = [e["round"] for e in asked]
+    points = axes.scatter(measured, predicted, c=rounds, cmap="cividis", s=22)
+    ends = [min(measured) * 0.8, max(measured) * 1.25]
     axes.plot(ends, ends, color=GREY, lw=1)
-    axes.fill_between(
-        ends, [0.8 * e for e in ends], [1.2 * e for e in ends], color=GREY, alpha=0.15, lw=0
-    )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="measured KL, nats per token",
-        ylabel="predicted before measuring",
-        title="The surrogate's predictions (band: within 20 %)",
-    )
-    axes.figure.colorbar(points, ax=axes, label="round")
+    below, above = [0.8 * e for e in ends], [1.2 * e for e in ends]
+    axes.fill_between(ends, below, above, color=GREY, alpha=0.15, lw=0)
+    axes.set(xscale="log", yscale="log", xlabel="measured KL, nats per token")
+    axes.set_ylabel("predicted before measuring")
+    axes.set_title("The surrogate's predictions (band: within 20 %)")
+    figure.colorbar(points, ax=axes, label="round")
 
 
-def bars(axes, bench):
-    """Seconds for all requests, shared and per request."""
-    rows = [r for r in bench["table"] if r["seconds"] > 0]
-    names = [r["method"] for r in rows]
-    shared = [r["seconds_shared"] for r in rows]
-    axes.barh(
-        names,
-        [r["seconds"] for r in rows],
-        color=ORANGE,
-        label=f"per request, times {bench['requests']}",
-    )
-    axes.barh(names, shared, color=BLUE, label="shared by all requests")
-    for r in rows:
-        axes.annotate(
-            f" {r['seconds']:,.0f} s" + (" (extrapolated)" if r["extrapolated"] else ""),
-            (r["seconds"], r["method"]),
-            va="center",
-            fontsize=8,
-        )
-    axes.set(xlabel="seconds", title=f"Serving {bench['requests']} requests")
-    axes.set_xlim(right=max(r["seconds"] for r in rows) * 1.45)
-    axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
-
-
-def main():
-    p = Parser(__doc__, ["python plot.py", "python plot.py --run out/SmolLM2-135M --out figures"])
-    p.add_argument(
-        "--run",
-        type=Path,
-        default=Path("out/tiny"),
-        metavar="DIR",
-        help="folder of a run of train.py (out/tiny)",
-    )
-    p.add_argument(
-        "--bench",
-        type=Path,
-        metavar="FILE",
-        help="of bench.py (default: bench.json in --run, if there)",
-    )
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: figures in --run")
-    a = p.parse_args()
+def library():
+    """matplotlib, without a screen, in this project's style."""
     try:
         import matplotlib
 
@@ -169,40 +140,46 @@ def main():
         import matplotlib.pyplot as plt
     except ImportError:
         raise Refused("plot.py needs one more package: pip install matplotlib") from None
-    from gp import GaussianProcess
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
+    plt.rcParams.update(style | {"svg.hashsalt": "unicuco"})
+    return plt
 
-    plt.rcParams.update(
-        {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 11,
-            "svg.hashsalt": "unicuco",
-        }
+
+def save(plt, draw, made, stem):
+    """One figure as PNG and SVG, the same bytes every time."""
+    figure = plt.figure(figsize=(7, 4.2), layout="constrained")
+    draw(figure, made)
+    for kind, metadata in (("png", None), ("svg", {"Date": None})):
+        with replacing(stem.with_suffix("." + kind)) as partial:
+            figure.savefig(partial, dpi=150, metadata=metadata)
+    plt.close(figure)
+
+
+def arguments():
+    parser = Parser(__doc__, ["python plot.py", "python plot.py --run DIR --out figures"])
+    parser.add_argument(
+        "--run", type=Path, default=Path("out/tiny"), metavar="DIR", help="of train.py"
     )
-    measured, rows = read_list(a.run / "measured.json"), read_list(a.run / "results.json")
-    trained = load_stratnet(a.run / "stratnet.safetensors", len(measured[0]["strategy"]))
-    net, scale = trained.net, trained.scale
-    gp, out = (
-        GaussianProcess(trained.about["mean"]).fit(trained.X, trained.y),
-        a.out or a.run / "figures",
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: figures in --run")
+    parser.add_argument(
+        "--tables", action="store_true", help="the tables of README.md and RESULTS.md"
     )
-    bench = a.bench or a.run / "bench.json"
-    figures = {
-        "blocks": lambda axes: blocks(axes, net, plt.get_cmap("cividis")),
-        "front": lambda axes: front(axes, measured, rows, net, scale, gp),
-    }
-    if any(e["predicted"] for e in measured):
-        figures["prediction"] = lambda axes: prediction(axes, measured)
-    if bench.exists():
-        figures["bars"] = lambda axes: bars(axes, read_json(bench))
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    if args.tables:
+        print("rewrote " + (", ".join(tables.write()) or "nothing: every table is as it was"))
+        return
+    plt, made = library(), Made.read(args.run)
+    figures = {"strategies": strategies, "front": front}
+    if any(e["predicted"] for e in made.measured):
+        figures["prediction"] = prediction
+    out = args.out or args.run / "figures"
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        draw(axes)
-        for kind in ("png", "svg"):
-            with replacing(out / f"{name}.{kind}") as partial:
-                figure.savefig(partial, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-        plt.close(figure)
+        save(plt, draw, made, out / name)
     print(f"wrote {', '.join(figures)} (png, svg) into {out}")
 
 

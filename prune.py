@@ -362,8 +362,11 @@ def prepare(args, device, dtype, search_tokens):
     if not 2 <= seqlen <= positions:
         raise Refused(f"--seqlen {seqlen}: this model has 2 to {positions} positions")
     windows, held_out = load_texts(tokenizer, args.data, args.test, seqlen)
-    counts = [args.calibration, max(1, search_tokens // seqlen)]
-    calibration, search = draw(windows, counts, args.seed)
+    searched = max(1, search_tokens // seqlen)
+    wanted = args.calibration
+    if wanted is None:  # a refit learns from its windows: it gains from every one up to 64
+        wanted = max(1, min(64 if args.refit else 32, len(windows) - searched))
+    calibration, search = draw(windows, [wanted, searched], args.seed)
     return Setting(model, tokenizer, calibration, search, held_out)
 
 
@@ -606,8 +609,6 @@ def arguments():
     )
     args = parser.parse_args()
     at_least(args, 1, "tokens", "calibration")
-    if args.calibration is None:  # a refit learns from them: it gains from every window up to 64
-        args.calibration = 64 if args.refit else 32
     return args
 
 

@@ -10,13 +10,14 @@ Laptop    python plot.py --tables      (2 s; rewrites the blocks, test_plot.py c
 
 import contextlib
 import io
+import json
 import re
 import statistics
 from pathlib import Path
 
 import compare
 from compare import METHODS, grouped, long_table, read_comparison, requests_table, tasks_table
-from script import Refused, read_json, write_text
+from script import Refused, first_line, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent
 PAGES = ("README.md", "RESULTS.md")
@@ -35,6 +36,14 @@ def markdown(head, rows):
     assert all(len(row) == len(head) for row in rows), "a cell for every column"
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def read_rows(path):
+    """The rows of a results file that is a list of them."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def bullets(sentences):
@@ -68,7 +77,7 @@ def runs(stem):
     """{seed: {method: rows by sparsity}} of results/STEM-seed*.json."""
     found = {}
     for path in sorted(RESULTS.glob(f"{stem}-seed*.json")):
-        rows = read_json(path)
+        rows = read_rows(path)
         found[int(path.stem.rpartition("seed")[2])] = grouped(rows, "method")
     return found
 
@@ -141,12 +150,78 @@ def tiny_run():
     return run_table("tiny")
 
 
-def smollm2_run():
-    return run_table("smollm2")
+# ---------------------------------------------------------------------- refit, and a real model
+def refit_rows():
+    """{(method, refit, sparsity): rows of all seeds} of results/refit-tiny.json."""
+    return grouped(read_rows(RESULTS / "refit-tiny.json"), "method", "refit", "sparsity")
 
 
-def smollm2_run_verdict():
-    return verdict("smollm2")
+def refit_table(key, digits):
+    found = refit_rows()
+    rows = []
+    for s in sorted({s for _, _, s in found}):
+        cells = [f"{s:g}"]
+        for method in ("uniform", "unicuco"):
+            for refitted in (False, True):
+                cells.append(pm([r[key] for r in found[method, refitted, s]], digits))
+        rows.append(cells)
+    names = ("uniform", "uniform, refitted", "StratNet", "StratNet, refitted")
+    return rows, ["sparsity", *names]
+
+
+def refit_tiny():
+    """KL, and what of StratNet's gain survives the refit, paired by seed."""
+    rows, head = refit_table("kl", 4)
+    found = refit_rows()
+    for cells, s in zip(rows, sorted({s for _, _, s in found})):
+        for refitted in (False, True):
+            pairs = zip(found["unicuco", refitted, s], found["uniform", refitted, s])
+            cells.append(pm([ours["kl"] / theirs["kl"] for ours, theirs in pairs], 3))
+    ratio = "StratNet / uniform"
+    return markdown([*head, ratio, f"{ratio}, both refitted"], rows)
+
+
+def refit_tiny_perplexity():
+    rows, head = refit_table("ppl", 2)
+    return markdown(["perplexity at " + head[0], *head[1:]], rows)
+
+
+def real(stem):
+    """{(text, sparsity): {method: rows of all seeds}} of results/STEM-seed*.json."""
+    found = {}
+    for path in sorted(RESULTS.glob(f"{stem}-seed*.json")):
+        for row in read_rows(path):
+            key = row["test"], row["sparsity"]
+            found.setdefault(key, {}).setdefault(row["method"], []).append(row)
+    return found
+
+
+def smollm2_real():
+    """KL of StratNet over uniform's on both texts, and the geometric mean from 0.3 to 0.7."""
+    found = real("real-smollm2")
+    asked = sorted({s for _, s in found})
+    rows = []
+    for text in dict.fromkeys(text for text, _ in found):
+        ratios = {}
+        for s in asked:
+            pairs = zip(found[text, s]["unicuco"], found[text, s]["uniform"])
+            ratios[s] = [ours["kl"] / theirs["kl"] for ours, theirs in pairs]
+        by_seed = zip(*(ratios[s] for s in asked if 0.3 <= s <= 0.7))
+        mean = pm([statistics.geometric_mean(seed) for seed in by_seed], 3)
+        rows.append([TEXTS[text], *(pm(ratios[s], 3) for s in asked), mean])
+    head = ["KL over uniform's at", *(f"{s:g}" for s in asked), "mean of 0.3 to 0.7"]
+    return markdown(head, rows)
+
+
+def smollm2_real_perplexity():
+    found = real("real-smollm2")
+    asked = sorted({s for _, s in found})
+    rows = []
+    for text in dict.fromkeys(text for text, _ in found):
+        for method, name in (("uniform", "uniform"), ("unicuco", "**StratNet**")):
+            cells = (pm([r["ppl"] for r in found[text, s][method]], 2) for s in asked)
+            rows.append([f"{TEXTS[text]}, {name}", *cells])
+    return markdown(["perplexity at", *(f"{s:g}" for s in asked)], rows)
 
 
 # ------------------------------------------------------------------------ what compare.py wrote
@@ -287,53 +362,6 @@ def compare_smollm2_paired():
     return paired_block("smollm2")
 
 
-def by_method():
-    """README's comparison: both models in one table, without extrapolated seconds."""
-    tables = [{r["method"]: r for r in requests_of(name)} for name in ("tiny", "smollm2")]
-    tables[1] |= {r["method"]: r for r in requests_of("smollm2-constant") if "mean" in r["method"]}
-    rows = []
-    for method in tables[0]:
-        cells = [named(method)]
-        for table in tables:
-            r = table.get(method)
-            cells.append(f"{r['evaluations']:.0f}" if r else "-")
-            cells += (
-                [pm(of, 3) for of in r["each_seed"].values()]
-                if r
-                else ["-"] * len(table[UNICUCO]["each_seed"])
-            )
-        rows.append(cells)
-    return markdown(
-        [
-            "64 requests served by",
-            "evaluations, tiny",
-            "KL ratio",
-            "evaluations, SmolLM2",
-            "KL ratio, WikiText-2",
-            "KL ratio, C4",
-        ],
-        rows,
-    )
-
-
-def outcomes():
-    """README's bullets: against uniform by sparsity, then against the strongest opponent."""
-    sentences = []
-    for name, model in (("tiny", "The embedded model"), ("smollm2", "SmolLM2-135M")):
-        _, rows = comparison(name)
-        of = paired(rows, UNICUCO, "uniform")
-        worst = max(of, key=lambda s: statistics.mean(of[s]))
-        losing = [s for s in of if max(of[s]) >= 1]
-        lost = (
-            f"not below it in every seed at {joined(losing)}" if losing else "below it in each seed"
-        )
-        sentences.append(
-            f"{model}: KL over uniform's is worst at {worst:g}, {pm(of[worst], 3)}, {lost}. "
-            + " ".join(says(name))
-        )
-    return bullets(sentences)
-
-
 # ------------------------------------------------------------------------- long texts and tasks
 def tasks_smollm2():
     """KL, perplexity and zero-shot accuracy of the first seed's models."""
@@ -413,8 +441,10 @@ BLOCKS = {
         tiny_verdict,
         tiny_seeds,
         tiny_run,
-        by_method,
-        outcomes,
+        refit_tiny,
+        refit_tiny_perplexity,
+        smollm2_real,
+        smollm2_real_perplexity,
         compare_tiny,
         compare_tiny_says,
         compare_tiny_paired,
@@ -427,8 +457,6 @@ BLOCKS = {
         tasks_smollm2,
         long_smollm2,
         long_smollm2_says,
-        smollm2_run,
-        smollm2_run_verdict,
         sequential,
         stages,
         slopes,

@@ -20,7 +20,7 @@ from conftest import CPU, call
 def options(model, text, out):
     return (
         *("--model", model, "--data", text, *CPU),
-        *("--seqlen", 64, "--calibration", 4, "--tokens", 256, "--test-tokens", 256),
+        *("--seqlen", 64, "--calibration", 4, "--tokens", 256),
         *("--out", out),
     )
 

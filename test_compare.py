@@ -192,7 +192,8 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
     (name,) = table["uniform"]["ratio"]
     assert table["uniform"]["ratio"][name] == 1 and table["uniform"]["evaluations"] == 0
     # of the short search, whatever the number of requests
-    assert table["UniCuCo"]["evaluations"] == 8
+    # and the one backward pass of the 256 search tokens' size, at four forward passes
+    assert table["UniCuCo"]["evaluations"] == 8 + 4
     assert table["EvoPress, 8 each"]["evaluations"] == 8 * 16
     assert table["GP per request"]["evaluations"] == 4 * 16
     check_ratios(table, rows)
@@ -305,7 +306,7 @@ def test_long_texts_and_tasks_are_measured_on_the_models_that_were_searched_for(
         perplexity = evaluation.perplexity(setting.model, windows.flatten(), 128)
         assert dense["kl"] == 0 and dense["ppl"] == pytest.approx(perplexity, rel=1e-6)
         pruner = Pruner(setting.model, setting.calibration)
-        made = journal[f"{seed} UniCuCo, 48 and 14 rounds"]["strategies"]["0.6"]
+        made = journal[f"{seed} UniCuCo, 40 and 4 rounds"]["strategies"]["0.6"]
         pruner.apply(made["strategy"])
         row = long[seed, "UniCuCo", 0.6]
         assert (row["kl"], row["ppl"]) == divergence.measure()

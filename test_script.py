@@ -4,7 +4,6 @@ What every command shares: errors in one line, files complete or absent, the sam
 Run       pytest test_script.py        (each tolerance has its dtype beside it)
 """
 
-import hashlib
 import json
 import math
 import os
@@ -25,12 +24,10 @@ import plot
 import prune
 import script
 import train
-import unicuco
 from checks import fuzz
 from conftest import ROOT, call, place_all, run_script, write_small
 from llama import Tokenizer
-from prune import F2, Pruner
-from script import TINY, new_folder, replacing, strict, write_json, write_text
+from script import new_folder, replacing, strict, write_json, write_text
 
 
 def test_json_holds_neither_nan_nor_infinity(tmp_path):
@@ -284,64 +281,3 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(
     for reason, module, *words in cases:
         capsys.readouterr()
         nothing_but_one_line(reason, module, call(module, *words), capsys.readouterr().err)
-
-
-def answer():
-    """Texts, windows, ranks, a short search and its StratNet on the embedded model, with one
-    thread: one hash of all of it.
-    """
-    texts = evaluation.stdlib_files(True), evaluation.stdlib_files(False)
-    with unicuco.one_thread():
-        model, tokenizer = llama.load_llama(TINY)
-        windows = evaluation.cut(evaluation.tokenise(tokenizer, texts[0][:6]), 64)
-        calibration, searched = evaluation.draw(windows, [4, 2], 0)
-        pruner = Pruner(model, calibration)
-        f2 = F2(pruner, searched)
-        settings = unicuco.SearchSettings(6, 1, 2, steps=10, final_steps=10)
-        result = unicuco.search(lambda batch: [f2(x) for x in batch], 12, settings)
-    files = list(llama.weight_files(TINY))
-    digest = hashlib.sha256(repr((texts, result.log, result.scale, files)).encode())
-    for part in (
-        windows,
-        *(r for block in pruner.ranks for r in block),
-        result.gp.theta,
-        *result.net.state_dict().values(),
-    ):
-        digest.update(part.numpy().tobytes())
-    return digest.hexdigest()
-
-
-SHUFFLED = """
-import functools, os, random
-listdir, scandir = os.listdir, os.scandir
-class Entries(list):
-    def __enter__(self): return self
-    def __exit__(self, *why): pass
-def shuffled(entries):
-    entries = list(entries)
-    random.Random(0).shuffle(entries)
-    return Entries(entries)
-os.listdir, os.scandir = functools.partial(lambda *a: shuffled(listdir(*a))),
-functools.partial(lambda *a: shuffled(scandir(*a)))      # not methods
-from test_script import answer
-print(answer())
-"""
-
-
-def test_hash_seed_locale_and_the_order_of_files_on_disk_change_nothing():
-    environment = {
-        **os.environ,
-        "PYTHONHASHSEED": "12345",
-        "LC_ALL": "C",
-        "PYTHONUTF8": "0",
-        "PYTHONCOERCECLOCALE": "0",
-    }
-    other = subprocess.run(
-        [sys.executable, "-c", SHUFFLED],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert other.stdout.strip() == answer(), other.stderr
