@@ -500,6 +500,22 @@ def show_speed_up(model, windows, device):
 
 # --------------------------------------------------------------------------------------- command
 # line
+def add_options(parser):
+    tasks = "zero-shot: folder with " + ", ".join(TASKS.values())
+    text = "text, .raw (WikiText) or .jsonl (default: held-out stdlib files)"
+    dense = "also KL(dense || model), and paired task differences, from this model"
+    kernels = "2:4 blocks on torch's semi-structured kernels (CUDA), with the speed-up"
+    number, flag = {"type": int, "metavar": "N"}, {"action": "store_true"}
+    parser.add_argument("--dense", type=Path, metavar="DIR", help=dense)
+    parser.add_argument("--data", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--seqlen", **number, help="window (default: positions, at most 2048)")
+    parser.add_argument("--tokens", **number, help="score only the first N tokens (default: all)")
+    parser.add_argument("--bits", **flag, help="also bits per byte of the text, beside xz -9e")
+    parser.add_argument("--accelerate", **flag, help=kernels)
+    parser.add_argument("--tasks", type=Path, metavar="DIR", help=tasks)
+    parser.add_argument("--limit", **number, help="first N documents of each task (default: all)")
+
+
 def arguments():
     examples = [
         "python eval.py --bits",
@@ -509,44 +525,7 @@ def arguments():
     ]
     parser = Parser(__doc__, examples)
     add_model(parser)
-    parser.add_argument(
-        "--dense",
-        type=Path,
-        metavar="DIR",
-        help="also KL(dense || model), and paired task differences, from this model",
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="text, .raw (WikiText) or .jsonl (default: held-out stdlib files)",
-    )
-    parser.add_argument(
-        "--seqlen",
-        type=int,
-        metavar="N",
-        help="window (default: the model's positions, at most 2048)",
-    )
-    parser.add_argument(
-        "--tokens", type=int, metavar="N", help="score only the first N tokens (default: all)"
-    )
-    parser.add_argument(
-        "--bits", action="store_true", help="also bits per byte over the whole text, beside xz -9e"
-    )
-    parser.add_argument(
-        "--accelerate",
-        action="store_true",
-        help="2:4 blocks on torch's semi-structured kernels (CUDA), with the speed-up",
-    )
-    parser.add_argument(
-        "--tasks",
-        type=Path,
-        metavar="DIR",
-        help="zero-shot: folder with " + ", ".join(TASKS.values()),
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="first N documents of each task (default: all)"
-    )
+    add_options(parser)
     args = parser.parse_args()
     at_least(args, 2, "seqlen", "tokens", "limit")
     return args

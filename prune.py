@@ -4,11 +4,11 @@ smaller checkpoint.
 
 Source    Wanda (Sun et al., arXiv 2306.11695) for the scores; ranking once for all requests is this
           project's own.
-Reading   6 of 8. Before: eval.py. Next: train.py. Beside it: request.py (a wish -> a strategy),
-          patterns.py (2:4 masks).
+Reading   6 of 8. Before: eval.py. Next: train.py. Beside it: curvature.py and refit.py, then
+          request.py (a wish -> a strategy) and patterns.py (2:4 masks).
 Shapes    d blocks of 7 Linears, W (d_out, d_in), x_norm (d_in,), strategies (d,) or one sparsity
           for each Linear, (d, 7).
-Not here  weight updates (SparseGPT), structured pruning.
+Not here  structured pruning; the refit of what survives is refit.py's.
 
 Laptop    python prune.py --sparsity 0.5                  (15 s; ends with the folder that it wrote)
 Full      python prune.py --model ~/Llama-2-7b-hf --data c4.jsonl --sparsity 0.3 0.5 0.7
@@ -16,6 +16,7 @@ Full      python prune.py --model ~/Llama-2-7b-hf --data c4.jsonl --sparsity 0.3
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from request import (
     strategy_of,
 )
 from script import (
+    RECORD,
     Parser,
     Refused,
     add_model,
@@ -49,6 +51,7 @@ from script import (
     at_least,
     choose_device,
     new_folder,
+    refuse_to_replace,
     run,
     sha256,
     strict,
@@ -467,7 +470,7 @@ class Service:
         with new_folder(request["out"], args.force) as folder:
             save_llama(self.model, folder, args.model, masks, args.packed, values)
             row["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            write_json(folder / "strategy.json", row | self.record(request, row))
+            write_json(folder / RECORD, row | self.record(request, row))
 
     def record(self, request, row):
         """What strategy.json says beyond the row of the table."""
@@ -538,6 +541,52 @@ class Table:
             self.say(f"{'':<{self.width}}  blocks {means}")
 
 
+def add_wishes(parser):
+    for kind, (unit, meaning) in KINDS.items():
+        flag = "--" + kind.replace("_", "-")
+        parser.add_argument(flag, nargs="+", default=[], metavar=unit, help=meaning)
+    parser.add_argument(
+        "--requests",
+        type=Path,
+        metavar="FILE",
+        help='jsonl, one request a line: {"name": "phone", "max_size": "9MB"}',
+    )
+
+
+def add_ways(parser):
+    """How to prune."""
+    where = "default: out/<model>/, then the model's folder; else curvature alone"
+    pattern = "semi-structured masks, up to sparsity 0.5"
+    flag = {"action": "store_true"}
+    parser.add_argument("--stratnet", type=Path, metavar="FILE", help=where)
+    parser.add_argument("--uniform", **flag, help="the same sparsity everywhere, no StratNet")
+    parser.add_argument("--metric", choices=METRICS, default="wanda", help="pruning score")
+    parser.add_argument("--pattern", choices=["2:4", "4:8"], help=pattern)
+    parser.add_argument(
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="move the survivors to follow the dense model; --no-refit: bit-identical to the source",
+    )
+    parser.add_argument("--offload", **flag, help="keep the blocks in host memory, two on the GPU")
+
+
+def add_outputs(parser):
+    """What to write, and where."""
+    packed = "write bit masks and survivors: smaller files, read by load_llama alone"
+    out = "default: out/<model>-<request>; the parent folder for several requests"
+    table = "the table as JSON, into FILE or alone on standard output"
+    flag = {"action": "store_true"}
+    parser.add_argument("--packed", **flag, help=packed)
+    parser.add_argument(
+        "--unpack", type=Path, metavar="DIR", help="packed folder -> plain one, --out"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out)
+    parser.add_argument("--force", **flag, help="replace existing folders")
+    parser.add_argument("--dry-run", **flag, help="print the strategies, write nothing")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help=table)
+
+
 def arguments():
     examples = [
         "python prune.py --sparsity 0.5",
@@ -548,65 +597,10 @@ def arguments():
     ]
     parser = Parser(__doc__, examples)
     add_model(parser)
-    for kind, (unit, meaning) in KINDS.items():
-        flag = "--" + kind.replace("_", "-")
-        parser.add_argument(flag, nargs="+", default=[], metavar=unit, help=meaning)
-    parser.add_argument(
-        "--requests",
-        type=Path,
-        metavar="FILE",
-        help='jsonl, one request a line: {"name": "phone", "max_size": "9MB"}',
-    )
+    add_wishes(parser)
     add_texts(parser, "tokens to measure KL and perplexity on", windows=None)
-    parser.add_argument(
-        "--stratnet",
-        type=Path,
-        metavar="FILE",
-        help="default: out/<model>/stratnet.safetensors, then the model's folder",
-    )
-    parser.add_argument(
-        "--uniform", action="store_true", help="the same sparsity in every block, no StratNet"
-    )
-    parser.add_argument("--metric", choices=METRICS, default="wanda", help="pruning score")
-    parser.add_argument(
-        "--pattern", choices=["2:4", "4:8"], help="semi-structured masks, up to sparsity 0.5"
-    )
-    parser.add_argument(
-        "--refit",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="move the survivors to follow the dense model; --no-refit: they stay bit-identical",
-    )
-    parser.add_argument(
-        "--offload",
-        action="store_true",
-        help="keep the blocks in host memory, two at a time on the GPU",
-    )
-    parser.add_argument(
-        "--packed",
-        action="store_true",
-        help="write bit masks and survivors: smaller files, read by load_llama alone",
-    )
-    parser.add_argument(
-        "--unpack", type=Path, metavar="DIR", help="turn a packed folder into a plain one, at --out"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="default: out/<model>-<request>; the parent folder for several requests",
-    )
-    parser.add_argument("--force", action="store_true", help="replace existing folders")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the strategies, write nothing"
-    )
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="the table as JSON, into FILE or alone on standard output",
-    )
+    add_ways(parser)
+    add_outputs(parser)
     args = parser.parse_args()
     at_least(args, 1, "tokens", "calibration")
     return args
@@ -627,10 +621,15 @@ def requests_of(args):
     check_together(args, requests)
     for r in requests:
         r["out"] = output_of(args, r, len(requests) > 1)
-        replaceable = args.dry_run or (args.force and r["out"].is_dir())
-        if r["out"].exists() and not replaceable:
-            raise Refused(f"{r['out']} exists already; --force replaces a folder")
+        if not args.dry_run:
+            refuse_to_replace(r["out"], args.force, precious_of(args))
     return requests
+
+
+def precious_of(args):
+    """What no output may replace: the source and every file that is read."""
+    given = (args.model, args.data, *(args.test or []), args.stratnet, args.requests, args.unpack)
+    return [path for path in given if path is not None]
 
 
 def check_together(args, requests):
@@ -647,9 +646,12 @@ def output_of(args, request, several):
 def unpack_folder(args):
     if not args.out:
         raise Refused("--unpack needs --out")
+    refuse_to_replace(args.out, args.force, precious_of(args))
     model, _ = load_llama(args.unpack)
     with new_folder(args.out, args.force) as folder:
         save_llama(model, folder, args.unpack, {})
+        if (args.unpack / RECORD).is_file():
+            shutil.copyfile(args.unpack / RECORD, folder / RECORD)
     print(f"wrote {args.out}")
 
 

@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description="\n  ".join(["examples:", *examples])
             + "\n\n"
-            + doc.strip().splitlines()[0],
+            + doc.strip().split("\n\n")[0],
             usage="%(prog)s [options]",
             formatter_class=lambda prog: Help(prog, max_help_position=30, width=100),
         )
@@ -119,10 +119,11 @@ def add_texts(parser, tokens_help="tokens of one measurement of f2", windows=32)
         metavar="FILE",
         help="texts to measure on (default: held-out part of --data)",
     )
+    calibration = "calibration windows"
+    if windows is None:
+        calibration += " (default: 64, with --no-refit 32, or all that --data has)"
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help=tokens_help)
-    parser.add_argument(
-        "--calibration", type=int, default=windows, metavar="N", help="calibration windows"
-    )
+    parser.add_argument("--calibration", type=int, default=windows, metavar="N", help=calibration)
     parser.add_argument(
         "--seqlen",
         type=int,
@@ -228,6 +229,30 @@ def write_json(path, value, rows=False):
     write_text(path, text + "\n")
 
 
+RECORD = "strategy.json"  # in every folder that prune.py wrote, and in no other
+
+
+def refuse_to_replace(path, force, precious=()):
+    """Refuse to write the folder `path` where that could lose what is not ours.
+
+    force      replaces a folder that prune.py wrote, never a link or anybody else's folder
+    precious   the source and texts: `path` may neither be, contain nor lie in one of them
+    """
+    here = path.resolve()
+    for kept in (Path.cwd(), *precious):
+        if here == kept.resolve() or here in kept.resolve().parents:
+            raise Refused(f"{path} holds {kept}, which is needed: choose another --out")
+    for kept in precious:
+        if kept.resolve() in here.parents:
+            raise Refused(f"{path} lies inside {kept}: choose another --out")
+    if path.is_symlink():
+        raise Refused(f"{path} is a link: choose another --out")
+    if path.exists() and not force:
+        raise Refused(f"{path} exists already; --force replaces a folder that prune.py wrote")
+    if path.exists() and not (path / RECORD).is_file():
+        raise Refused(f"{path} has no {RECORD}: prune.py did not write it and does not replace it")
+
+
 @contextlib.contextmanager
 def new_folder(path, force=False):
     """A folder that appears under its name only when it is complete: yields a hidden neighbour,
@@ -248,8 +273,7 @@ def new_folder(path, force=False):
         shutil.rmtree(old, ignore_errors=True)
 
     tidy()
-    if path.exists() and not (force and path.is_dir()):
-        raise Refused(f"{path} exists already; --force replaces a folder")
+    refuse_to_replace(path, force)
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -8,17 +8,21 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import llama
 from conftest import CPU, ROOT, call, random_model
 from llama import load_llama
+from model import Config, Llama
 from prune import Pruner
+from script import Refused
 from unicuco import log_divergence
 
 
@@ -381,3 +385,30 @@ def test_a_forward_pass_is_timed_and_bad_arguments_of_eval_are_one_line(small, t
         evaluation.zero_shot(None, None, "chess", [])
     with pytest.raises(ValueError, match="does not have the task's fields"):
         evaluation.zero_shot(None, None, "piqa", [{"goal": "x"}])
+
+
+def test_kl_sends_each_models_states_through_its_own_head(tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "tiny", copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    weights = {n: W.clone() for n, W in load_file(copy / "model.safetensors").items()}
+    head = weights["model.embed_tokens.weight"].clone()
+    head[:, ::2] = 0
+    save_file(weights | {"lm_head.weight": head}, copy / "model.safetensors", {"format": "pt"})
+    words = ("--model", copy, "--dense", ROOT / "tiny", "--tokens", 2048, *CPU)
+    assert call(evaluation, *words) == 0
+    printed = capsys.readouterr().out
+    kl, ppl = (
+        re.search(r"KL ([\d.]+) nats", printed)[1],
+        re.search(r"perplexity ([\d.]+)", printed)[1],
+    )
+    assert float(kl) == pytest.approx(1.486, abs=5e-4)  # float32; 0 through the dense model's head
+    assert float(ppl) == pytest.approx(82.5, abs=0.1)
+
+
+def test_models_of_different_vocabulary_have_no_kl():
+    wide = Llama(Config(600, 64, 96, 1, 4, 2, 16, 128)).eval()
+    divergence = evaluation.Divergence(random_model(), torch.full((1, 8), 5))
+    with pytest.raises(Refused, match="different vocabulary, 512 and 600"):
+        divergence(wide)

@@ -7,6 +7,7 @@ Run       pytest test_prune.py        (each tolerance has its dtype beside it)
 import json
 import math
 import re
+import shutil
 from fractions import Fraction
 
 import pytest
@@ -502,3 +503,37 @@ def test_prune_serves_a_request_with_the_stratnet_that_train_made_and_without_on
     for name in ("learned", "uniform", "kept"):
         record = json.loads((tmp_path / name / "strategy.json").read_text())
         assert abs(record["counted"] - 0.5) < 0.01 and load_llama(tmp_path / name)
+
+
+def test_force_replaces_only_what_prune_wrote_and_never_the_source_its_parents_or_a_link(
+    small, text, tmp_path, capsys
+):
+    runs = tmp_path / "runs"
+    shutil.copytree(small, runs / "0.5")
+    (runs / "mine").mkdir()
+    (runs / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "link").symlink_to(runs)
+    base = options(runs / "0.5", text)
+    before = contents(tmp_path)
+    asked = ("--uniform", "--sparsity", 0.5, "--force", "--out")
+    for words in (
+        ("--uniform", "--sparsity", 0.5, 0.3, "--force", "--out", runs),  # runs/0.5 is the model
+        (*asked, runs / "0.5"),
+        (*asked, runs),
+        (*asked, runs / "mine"),
+        (*asked, runs / "0.5" / ".."),
+        (*asked, runs / "0.5" / "inside"),
+        (*asked, tmp_path / "link"),
+        (*asked, "."),
+        ("--unpack", runs / "0.5", "--force", "--out", runs),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(runs / "mine")
+            assert call(prune, *base, *words) == 2, words
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+        assert contents(tmp_path) == before, words
+
+
+def contents(folder):
+    """{path: bytes} of every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

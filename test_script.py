@@ -59,6 +59,7 @@ def test_a_file_or_a_folder_appears_when_it_is_complete_and_the_old_one_stays_wh
         try:
             with new_folder(folder, force) as partial:
                 (partial / "a").write_text("new" if force else "old")
+                (partial / "strategy.json").write_text("{}")
                 assert not list(folder.glob("*")) or force
                 if error:
                     raise error
@@ -171,7 +172,7 @@ def test_ctrl_c_is_one_line_with_a_hint_and_130_and_a_closed_pipe_is_no_error(ca
 
 def test_a_folder_comes_back_when_its_replacement_fails(tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").write_text("old")
+    (tmp_path / "model" / "strategy.json").write_text("old")
     with pytest.raises(RuntimeError):
         with new_folder(tmp_path / "model", force=True) as folder:
             (folder / "new").write_text("half")
@@ -190,7 +191,7 @@ def test_a_folder_comes_back_when_its_replacement_fails(tmp_path):
                 (folder / "new").write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["model"] and [
         p.name for p in (tmp_path / "model").iterdir()
-    ] == ["old"]
+    ] == ["strategy.json"]
 
 
 @pytest.mark.slow

@@ -290,43 +290,33 @@ def prior_of(pruner, windows, mean, granularity, seed):
     return layout, torch.stack(fit_curves(table))
 
 
-def arguments():
-    parser = Parser(
-        __doc__,
-        [
-            "python train.py",
-            "python train.py --model DIR --data c4.jsonl --test wiki.test.raw --seed 1",
-            "python train.py --resume",
-            "torchrun --nproc-per-node=2 train.py --device cpu",
-        ],
-    )
-    number = {"type": int, "metavar": "N"}
-    add_model(parser)
-    add_texts(parser)
+def add_search(parser):
+    number, flag = {"type": int, "metavar": "N"}, {"action": "store_true"}
+    means = {"choices": ["curvature", "blocks", "constant"], "default": "curvature"}
+    grain = {"choices": ["matrix", "block"], "default": "matrix"}
     parser.add_argument("--initial", **number, default=40, help="strategies measured first")
     parser.add_argument("--rounds", **number, default=4, help="rounds of picking and measuring")
     parser.add_argument("--batch", **number, default=4, help="strategies measured in each round")
-    parser.add_argument(
-        "--mean",
-        choices=["curvature", "blocks", "constant"],
-        default="curvature",
-        help="the GP's prior mean",
-    )
-    parser.add_argument(
-        "--granularity",
-        choices=["matrix", "block"],
-        default="matrix",
-        help="what has a sparsity of its own",
-    )
+    parser.add_argument("--mean", **means, help="the GP's prior mean")
+    parser.add_argument("--granularity", **grain, help="what has a sparsity of its own")
     parser.add_argument("--metric", choices=METRICS, default="wanda", help="pruning score")
     parser.add_argument("--test-tokens", **number, default=16384, help="tokens of each test text")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
-    parser.add_argument(
-        "--offload", action="store_true", help="keep the blocks in host memory, two on the GPU"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where a run of the same settings stopped"
-    )
+    parser.add_argument("--offload", **flag, help="keep the blocks in host memory, two on the GPU")
+    parser.add_argument("--resume", **flag, help="go on where a run of the same settings stopped")
+
+
+def arguments():
+    examples = [
+        "python train.py",
+        "python train.py --model DIR --data c4.jsonl --test wiki.test.raw --seed 1",
+        "python train.py --resume",
+        "torchrun --nproc-per-node=2 train.py --device cpu",
+    ]
+    parser = Parser(__doc__, examples)
+    add_model(parser)
+    add_texts(parser)
+    add_search(parser)
     args = parser.parse_args()
     at_least(args, 1, "initial", "batch", "tokens", "calibration", "test_tokens")
     at_least(args, 0, "rounds")

@@ -17,8 +17,7 @@ Shapes    B requests, D sparsities of a strategy, n strategies measured, c candi
   ideal        z*                         (-0.05, -0.05), a little better than anything reachable
   net          h_phi                      StratNet: request -> strategy
 
-Laptop    python unicuco.py                  (5 s; Algorithm 1 on a toy f2: a table of its front,
-          StratNet and uniform)
+Laptop    python unicuco.py            (20 s; Algorithm 1 on a toy f2: front, StratNet, uniform)
 """
 
 import contextlib
@@ -38,10 +37,8 @@ MAX = 0.9  # no block loses more
 IDEAL = -0.05  # z*, the same for both scaled objectives
 AUGMENT = 0.02  # weight of the sum in the augmented Tchebycheff value
 CLAMP = 12.0  # logits beyond this are saturated: a shift could not move them
-KL_FLOOR, KL_CEILING = (
-    1e-6,
-    1e2,
-)  # nats; y = log f2 is clipped: log 0 below, a model pruned to ruin above
+# nats; y = log f2 is clipped: log 0 below, a model pruned to ruin above
+KL_FLOOR, KL_CEILING = 1e-6, 1e2
 ASKED = (0.15, 0.75)  # mean sparsities that requests come from
 INFORMED = (0.42, 0.78)  # where curvature alone is not enough
 
@@ -370,32 +367,34 @@ def informed_design(net, layout, count, generator):
     return scattered(answers[nearest], layout, generator, by=0.35)
 
 
-def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
-    """Algorithm 1.
+def begin(layout, curves, s, generator):
+    """StratNet, Scale (None where nothing is known yet) and the first design (initial, D)."""
+    if curves is None:
+        design = first_design(s.initial, len(layout.share), generator)
+        return StratNet(len(layout.share)), None, design
+    net, scale = trained_on_prior(layout, curves, s.final_steps, generator)
+    return net, scale, informed_design(net, layout, s.initial, generator)
 
-    measure   list of strategies (D,) -> list of f2, KL in nats per token; each call is one costly
+
+def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
+    """Algorithm 1 -> SearchResult; predictions of round 0 are None.
+
+    measure   list of strategies (D,) -> list of f2, KL in nats per token; each call is a costly
               batch
     layout    Layout, or the number of blocks;  curves: None, or (t, q, r) of a table of curvature
     progress  called with log and scale after every round
-    returns   SearchResult; predictions of round 0 are None
     """
     s = settings or SearchSettings()
     layout = Layout(layout) if isinstance(layout, int) else layout
-    mean = s.mean if curves is None else curves
+    mean, between = (s.mean, ASKED) if curves is None else (curves, INFORMED)
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     log = []
     # 0. what the dense model already knows trains StratNet before anything is measured (ours)
-    if curves is not None:
-        net, scale = trained_on_prior(layout, curves, s.final_steps, g)
-        design = informed_design(net, layout, s.initial, g)
-    else:
-        net, scale = StratNet(len(layout.share)), None
-        design = first_design(s.initial, len(layout.share), g)
+    net, scale, design = begin(layout, curves, s, g)
     # 1. measure a first design
     record(log, 0, design, measure(list(design)), [None] * s.initial)
     scale = scale or Scale.of(log_data(log)[1])
-    between = ASKED if curves is None else INFORMED
     for round in range(1, s.rounds + 1):
         X, y = log_data(log)
         with one_thread():
