@@ -14,6 +14,7 @@ Full      python eval.py --model DIR --data wiki.test.raw --seqlen 2048 --tasks 
           DENSE_DIR
 """
 
+import gzip
 import hashlib
 import json
 import lzma
@@ -22,6 +23,7 @@ import platform
 import re
 import sysconfig
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,30 +62,56 @@ def wikitext(raw):
     """The file wiki.*.raw as the string that GPTQ, SparseGPT and Wanda score: its rows, blank ones
     empty, joined by blank lines.
     """
-    rows = raw.split("\n")[:-1] if raw.endswith("\n") else raw.split("\n")
+    rows = raw.replace("\r\n", "\n").split("\n")
+    rows = rows[:-1] if rows[-1] == "" else rows
     return "\n\n".join("" if row.strip() == "" else row + "\n" for row in rows)
 
 
+def json_rows(raw):
+    """The objects of JSON lines, or of one JSON list, whatever the file is called; None for any
+    other text.
+    """
+    try:
+        if raw.lstrip()[:1] == "[":
+            rows = json.loads(raw)
+        elif raw.lstrip()[:1] == "{":
+            rows = [json.loads(line) for line in raw.split("\n") if line.strip()]
+        else:
+            return None
+    except (ValueError, RecursionError):
+        return None
+    return rows if all(isinstance(row, dict) for row in rows) else None
+
+
+def read_raw(path):
+    """The text of a file, unpacked if it is gzip, without a byte order mark."""
+    try:
+        raw = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            raw = gzip.decompress(raw)
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"text {path} is not UTF-8: {first_line(error)}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Refused(f"text {path} is broken gzip: {first_line(error)}") from None
+    except OSError as error:
+        raise Refused(f"text {path} cannot be read: {error.strerror or error}") from None
+
+
 def read_documents(path):
-    """The documents of a text file: .jsonl gives each row's "text" and a blank line (C4), .raw the
-    WikiText string, else one text.
+    """The documents of a text file. JSON lines or a JSON list, recognised by content, give each
+    row's "text" and a blank line (C4), .raw the WikiText string, anything else is one text.
     """
     path = Path(path)
-    try:
-        raw = path.read_bytes().decode("utf-8")
-        if path.suffix == ".jsonl":
-            documents = [
-                row["text"] + "\n\n" for row in map(json.loads, filter(str.strip, raw.split("\n")))
-            ]
-        else:
-            documents = [wikitext(raw) if path.suffix == ".raw" else raw]
-    except OSError as error:
-        raise Refused(f"text {path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refused(
-            f"text {path} is not UTF-8 text, or not jsonl with a text in each row:"
-            f" {first_line(error)}"
-        ) from None
+    raw = read_raw(path)
+    names = [suffix.lower() for suffix in path.suffixes]
+    rows = json_rows(raw)
+    if rows is not None and all(isinstance(row.get("text"), str) for row in rows):
+        documents = [row["text"] + "\n\n" for row in rows]
+    elif {".json", ".jsonl", ".ndjson"} & set(names):
+        raise Refused(f"text {path} does not have a JSON object with a text in each row")
+    else:
+        documents = [wikitext(raw) if ".raw" in names else raw]
     if not any(d.strip() for d in documents):
         raise Refused(f"text {path} is empty")
     return documents
@@ -287,33 +315,35 @@ def clean(text):
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
+def winogrande_prompt(row):
+    """Partial scoring: the options stand in the context, what follows them is scored."""
+    before, after = row["sentence"].split("_", 1)
+    contexts = [before + row["option1"], before + row["option2"]]
+    return contexts, [" " + after.strip()] * 2, None, int(row["answer"]) - 1
+
+
+def question(task, row):
+    """One row of a task with one context -> context, choices, gold index."""
+    if task == "piqa":
+        context = f"Question: {row['goal']}\nAnswer:"
+        return context, [row["sol1"], row["sol2"]], int(row["label"])
+    if task == "hellaswag":
+        context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+        return context, [clean(ending) for ending in row["endings"]], int(row["label"])
+    labels = row["choices"]["label"]
+    context = f"Question: {row['question']}\nAnswer:"
+    return context, row["choices"]["text"], labels.index(row["answerKey"])
+
+
 def prompts(task, row):
     """One row of a task -> (contexts, continuations, lengths in characters that acc_norm divides by
     or None, gold index).
     """
-    if (
-        task == "winogrande"
-    ):  # partial scoring: the options stand in the context, what follows them is scored
-        before, after = row["sentence"].split("_", 1)
-        return (
-            [before + row["option1"], before + row["option2"]],
-            [" " + after.strip()] * 2,
-            None,
-            int(row["answer"]) - 1,
-        )
-    if task == "piqa":
-        context, choices, gold = (
-            f"Question: {row['goal']}\nAnswer:",
-            [row["sol1"], row["sol2"]],
-            row["label"],
-        )
-    elif task == "hellaswag":
-        context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-        choices, gold = [clean(e) for e in row["endings"]], row["label"]
-    else:
-        context, choices = f"Question: {row['question']}\nAnswer:", row["choices"]["text"]
-        gold = row["choices"]["label"].index(row["answerKey"])
-    return [context] * len(choices), [" " + c for c in choices], [len(c) for c in choices], gold
+    if task == "winogrande":
+        return winogrande_prompt(row)
+    context, choices, gold = question(task, row)
+    continuations = [" " + choice for choice in choices]
+    return [context] * len(choices), continuations, [len(c) for c in choices], gold
 
 
 def encode_pair(tokenizer, context, continuation):
@@ -324,6 +354,22 @@ def encode_pair(tokenizer, context, continuation):
     start = [tokenizer.bos_id] if tokenizer.adds_bos else []
     whole = start + tokenizer.encode(context + continuation)
     return whole, len(whole) - len(start + tokenizer.encode(context))
+
+
+def all_prompts(task, rows):
+    """`prompts` of all rows; Refused where a row lacks a field or its right answer, as hidden test
+    sets do: label -1.
+    """
+    try:
+        asked = [prompts(task, row) for row in rows]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise Refused(
+            f"a row of {task} does not have the task's fields: {first_line(error)}"
+        ) from None
+    for number, (contexts, *_, gold) in enumerate(asked, 1):
+        if not 0 <= gold < len(contexts):
+            raise Refused(f"row {number} of {task} has no right answer (label {gold}): a test set?")
+    return asked
 
 
 class Batch:
@@ -383,12 +429,7 @@ def zero_shot(model, tokenizer, task, rows):
     """
     if task not in TASKS:
         raise Refused(f"task {task!r} is not one of {', '.join(TASKS)}")
-    try:
-        asked = [prompts(task, row) for row in rows]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise Refused(
-            f"a row of {task} does not have the task's fields: {first_line(error)}"
-        ) from None
+    asked = all_prompts(task, rows)
     pairs = [
         encode_pair(tokenizer, context, continuation)
         for contexts, continuations, _, _ in asked
@@ -559,7 +600,7 @@ def main():
     documents = stdlib_files(True) if args.data is None else read_documents(args.data)
     if args.tasks:  # all task files are read once, before anything is scored
         for task in TASKS:
-            read_rows(args.tasks, task, 1)
+            all_prompts(task, read_rows(args.tasks, task, args.limit))
     model, tokenizer = load_llama(args.model, device, dtype)
     positions = model.config.max_position_embeddings
     seqlen = args.seqlen or min(2048, positions)

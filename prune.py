@@ -566,7 +566,7 @@ def add_ways(parser):
         "--refit",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="move the survivors to follow the dense model; --no-refit: bit-identical to the source",
+        help="move survivors to follow the dense model; --no-refit: bit-identical to the source",
     )
     parser.add_argument("--offload", **flag, help="keep the blocks in host memory, two on the GPU")
 

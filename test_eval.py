@@ -4,6 +4,7 @@ Texts, perplexity, KL and zero-shot tasks: against plain loops, by hand, and on 
 Run       pytest test_eval.py        (each tolerance has its dtype beside it)
 """
 
+import gzip
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import llama
-from conftest import CPU, ROOT, call, random_model
+from conftest import CPU, ROOT, call, random_model, refuses
 from llama import load_llama
 from model import Config, Llama
 from prune import Pruner
@@ -412,3 +413,51 @@ def test_models_of_different_vocabulary_have_no_kl():
     divergence = evaluation.Divergence(random_model(), torch.full((1, 8), 5))
     with pytest.raises(Refused, match="different vocabulary, 512 and 600"):
         divergence(wide)
+
+
+def test_json_rows_are_recognised_by_content_whatever_the_file_is_called(tmp_path):
+    rows = [{"text": "one\u2028line {x}", "url": "http://a"}, {"text": "two"}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    expected = ["one\u2028line {x}\n\n", "two\n\n"]
+    written = {
+        "c4-train.00000-of-01024.json": lines.encode(),
+        "a.JSONL": lines.encode(),
+        "a.ndjson": ("\ufeff" + lines + "\n").encode(),
+        "a.txt": lines.replace("\n", "\r\n").encode(),
+        "list.json": json.dumps(rows).encode(),
+        "c4.json.gz": gzip.compress(lines.encode()),
+    }
+    for name, raw in written.items():
+        (tmp_path / name).write_bytes(raw)
+        assert evaluation.read_documents(tmp_path / name) == expected, name
+    (tmp_path / "code.py").write_text("{x: 1}\n{y")
+    assert evaluation.read_documents(tmp_path / "code.py") == ["{x: 1}\n{y"]
+    for name, raw in (
+        ("b.json", b'{"a": 1}'),
+        ("c.jsonl", b"text"),
+        ("d.gz", b"no"),
+        ("e", b"\xff"),
+    ):
+        (tmp_path / name).write_bytes(raw)
+        refuses(evaluation.read_documents, tmp_path / name)
+
+
+def test_line_ends_of_windows_and_a_byte_order_mark_change_no_wikitext(tmp_path):
+    text = " \n = A = \n \n text\n"
+    for name, raw in (
+        ("a.raw", text),
+        ("b.raw", "\ufeff" + text),
+        ("c.raw", text.replace("\n", "\r\n")),
+    ):
+        (tmp_path / name).write_bytes(raw.encode())
+        assert evaluation.read_documents(tmp_path / name) == [evaluation.wikitext(text)]
+
+
+def test_a_label_may_be_a_string_and_a_row_without_its_right_answer_is_refused():
+    row = {"goal": "g", "sol1": "a", "sol2": "b"}
+    assert evaluation.all_prompts("piqa", [row | {"label": "1"}])[0][3] == 1
+    for label in (-1, 2, "-1"):
+        refuses(evaluation.all_prompts, "piqa", [row | {"label": label}], match="no right answer")
+    swag = {"activity_label": "A", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": "1"}
+    assert evaluation.all_prompts("hellaswag", [swag])[0][3] == 1
+    refuses(evaluation.all_prompts, "hellaswag", [swag | {"label": ""}])
