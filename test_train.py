@@ -381,3 +381,16 @@ def test_hash_seed_locale_and_the_order_of_files_on_disk_change_nothing():
         words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert other.stdout.strip() == answer(), other.stderr
+
+
+def test_a_folder_with_a_run_is_kept_unless_it_is_resumed_or_given_up(
+    small, text, tmp_path, capsys, short
+):
+    words = run_words(small, text, tmp_path, 3, 0)
+    assert call(train, *words) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert call(train, *words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--resume goes on with it, --force begins anew" in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert call(train, *words, "--resume") == 0 and call(train, *words, "--force") == 0

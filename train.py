@@ -304,6 +304,7 @@ def add_search(parser):
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
     parser.add_argument("--offload", **flag, help="keep the blocks in host memory, two on the GPU")
     parser.add_argument("--resume", **flag, help="go on where a run of the same settings stopped")
+    parser.add_argument("--force", **flag, help="begin anew: what --out has measured is lost")
 
 
 def arguments():
@@ -321,6 +322,9 @@ def arguments():
     at_least(args, 1, "initial", "batch", "tokens", "calibration", "test_tokens")
     at_least(args, 0, "rounds")
     args.out = args.out or Path("out") / args.model.resolve().name
+    earlier = [*args.out.glob("evaluations.*.json"), *args.out.glob("stratnet.safetensors")]
+    if earlier and not (args.resume or args.force):
+        raise Refused(f"{args.out} holds a run: --resume goes on with it, --force begins anew")
     return args
 
 
