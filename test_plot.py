@@ -24,7 +24,7 @@ def test_every_table_of_a_page_is_what_results_say(name):
 def test_every_flag_and_file_that_the_readme_names_is_there():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     code = "".join(path.read_text() for path in ROOT.glob("*.py"))
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) - {"--nproc-per-node"}:
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) - {"--nproc-per-node", "--help"}:
         name = flag.removeprefix("--").removeprefix("no-")
         wish = f'"{name.replace("-", "_")}"'
         assert f'"--{name}"' in code or wish in code, flag

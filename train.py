@@ -104,6 +104,10 @@ class Measure:
 
     def __call__(self, strategies):
         """KL of each strategy of one batch: a list of floats."""
+        if self.world > 1:  # every rank searches alike; should processors disagree, rank 0 is right
+            agreed = torch.stack(list(strategies))
+            dist.broadcast(agreed, 0)
+            strategies = list(agreed)
         values = torch.zeros(len(strategies), dtype=torch.float64)
         for i in range(self.rank, len(strategies), self.world):
             values[i] = self.one(strategies[i])
