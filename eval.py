@@ -8,10 +8,9 @@ Reading   5 of 8. Before: llama.py. Next: prune.py.
 Shapes    N tokens of a text, n windows of T tokens, D model width, V vocabulary.
 Not here  few-shot prompts, generation tasks.
 
-Laptop    python eval.py                               (40 s; ends with one line: perplexity and its
-          protocol)
-Full      python eval.py --model DIR --data wiki.test.raw --seqlen 2048 --tasks zeroshot/ --dense
-          DENSE_DIR
+Laptop    python eval.py                (40 s; ends with one line: perplexity and its protocol)
+Full      python eval.py --model DIR --data wiki.test.raw --seqlen 2048 --tasks zeroshot/
+          --dense DENSE_DIR
 """
 
 import gzip
@@ -38,9 +37,7 @@ BATCH = 2048  # tokens that go through the blocks at once
 CHUNK = 2**20  # logits that exist at once: 4 MB in float32, which stay in the processor's cache
 
 
-#
-#
-# ------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 def stdlib_files(held_out):
     """Python's standard library, its own .py files without tests, in path order: the documents of
     the embedded default text.
@@ -173,7 +170,7 @@ def draw(windows, counts, seed):
     return [windows[part] for part in order[: sum(counts)].split(counts)]
 
 
-# -------------------------------------------------------------------- perplexity, divergence
+# --------------------------------------------------------------------------- perplexity, divergence
 def batches(windows):
     return windows.split(max(1, BATCH // windows.shape[1]))
 
@@ -195,9 +192,8 @@ def token_losses(head, h, targets, dense=None):
               go through its own head
     returns   negative log-likelihoods, KL (None without `dense`)
     The vocabulary goes by in slices, so that at most CHUNK logits exist of each side. With z the
-    logits and L the log of their
-    summed exponentials, -log q_y = L_q - z_qy and KL = sum_v p_v (z_pv - z_qv) - L_p + L_q, the sum
-    over v slice by slice.
+    logits and L the log of their summed exponentials, -log q_y = L_q - z_qy and
+    KL = sum_v p_v (z_pv - z_qv) - L_p + L_q, the sum over v slice by slice.
     """
     size = slice_size(len(h), h.device)
     slices = head.split(size)
@@ -258,11 +254,9 @@ class Divergence:
     """KL(P_dense || P_model) in nats per token, the mean over all positions of windows (n, T).
 
     The direction is that of distillation and of EvoPress; a public review of the paper writes the
-    reverse.
-    The dense side is recorded at construction, as final hidden states: (n T, D) instead of (n T,
-    V).
-    Calling it measures `model`, by default the same object as it is now, pruned in place since.
-    Memory beyond that: four times CHUNK logits in float32.
+    reverse. The dense side is recorded at construction, as final hidden states: (n T, D) instead of
+    (n T, V). Calling it measures `model`, by default the same object as it is now, pruned in place
+    since. Memory beyond that: four times CHUNK logits in float32.
     """
 
     @torch.inference_mode()
@@ -298,9 +292,7 @@ class Divergence:
         return max(float(kl) / self.windows.numel(), 0.0), ppl
 
 
-#
-#
-# ------------------------------------------------------------------------------- zero-shot
+# ---------------------------------------------------------------------------------------- zero-shot
 TASKS = {
     "piqa": "piqa_validation.jsonl",
     "arc_easy": "arc_easy_test.jsonl",
@@ -496,8 +488,7 @@ def zero_shot_table(model, tokenizer, folder, limit=None, reference=None):
     return results
 
 
-# --------------------------------------------------------------------------- semi-structured
-# kernels
+# -------------------------------------------------------------------------- semi-structured kernels
 def accelerate(model):  # pragma: no cover (needs CUDA)
     """Put block Linears with a 2:4 pattern on torch's semi-structured kernels (NVIDIA, compute
     capability 8 and newer): how many.
@@ -539,8 +530,7 @@ def show_speed_up(model, windows, device):
     print(f"{moved} Linears on semi-structured kernels: {times:.2f} times as fast as dense")
 
 
-# --------------------------------------------------------------------------------------- command
-# line
+# ------------------------------------------------------------------------------------- command line
 def add_options(parser):
     tasks = "zero-shot: folder with " + ", ".join(TASKS.values())
     text = "text, .raw (WikiText) or .jsonl (default: held-out stdlib files)"
@@ -573,8 +563,7 @@ def arguments():
 
 
 def show_divergence(args, model, windows, device, dtype):
-    """Print KL from --dense, and its task accuracies, which are returned, if tasks are asked"
-    " for."""
+    """Print KL from --dense and, if tasks are asked for, its accuracies, which are returned."""
     dense, tokenizer = load_llama(args.dense, device, dtype)
     kl = Divergence(dense, windows)(model)
     names = f"KL({args.dense.name} || {args.model.name})"

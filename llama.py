@@ -37,11 +37,11 @@ def pack(W, kept):
 
     The packed layout, version 1: model.safetensors has the metadata `unicuco_packed: 1`. A pruned
     matrix NAME is stored as
-    NAME.mask, uint8 (d_out, ceil(d_in / 8)), bit j % 8 of byte j // 8 set where column j survives,
-    unused bits 0; and NAME.kept,
-    the survivors row by row in the source's dtype. Everything else is stored as in the source:
-    shards keep their names, an index
-    keeps naming NAME. At sparsity s in float16 a matrix takes 1/16 + (1 - s) of its dense bytes.
+    NAME.mask   uint8 (d_out, ceil(d_in / 8)), bit j % 8 of byte j // 8 set where column j
+                survives, unused bits 0
+    NAME.kept   the survivors row by row, in the source's dtype
+    Everything else is stored as in the source: shards keep their names, an index keeps naming
+    NAME. At sparsity s in float16 a matrix takes 1/16 + (1 - s) of its dense bytes.
     """
     bits = F.pad(kept, (0, -kept.shape[1] % 8)).view(len(kept), -1, 8)
     powers = 1 << torch.arange(8, device=kept.device)
@@ -118,9 +118,8 @@ class Tokenizer:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         size = pieces.get_piece_size()
         self.batch = pieces.encode
-        self.decode = lambda ids: pieces.decode(
-            [i for i in ids if i < size]
-        )  # a model may have more tokens
+        # a model may have more tokens
+        self.decode = lambda ids: pieces.decode([i for i in ids if i < size])
         self.bos_id, self.eos_id = pieces.bos_id(), pieces.eos_id()
         return size, True
 
@@ -196,9 +195,8 @@ def weight_files(folder):
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     for path in folder.glob("*"):
-        if path.exists() and not (
-            path.is_file() or path.is_dir()
-        ):  # opening a pipe would wait for ever
+        # opening a pipe would wait for ever
+        if path.exists() and not (path.is_file() or path.is_dir()):
             raise Refused(f"{path} is neither a file nor a folder")
     if not (index.exists() or single.exists()):
         raise Refused(f"{folder} holds neither {single.name} nor {index.name}")
@@ -230,8 +228,9 @@ def stored_dtypes(folder):
 
 
 def check_tensors(folder, files, expected):
-    """Compare headers with expected {name: shape}, before anything is allocated; Refused by"
-    " name."""
+    """Compare headers with expected {name: shape}, before anything is allocated; Refused, by name,
+    for a tensor that is missing, unknown, there twice or in half.
+    """
     missing = set(expected)
     for path, tensors in files.items():
         for name, (shape, dtype) in tensors.items():
@@ -299,9 +298,8 @@ def empty_llama(folder, files):
         model = Llama(config)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     copied = any("lm_head.weight" in tensors for tensors in files.values())
-    if (
-        config.tie_word_embeddings and not copied
-    ):  # some tied checkpoints carry the copy, most do not
+    # some tied checkpoints carry the copy, most do not
+    if config.tie_word_embeddings and not copied:
         del expected["lm_head.weight"]
     check_tensors(folder, files, expected)
     return model
@@ -311,9 +309,9 @@ def load_llama(path, device="cpu", dtype=torch.float32):
     """Read a Hugging Face folder -> (Llama, Tokenizer), weights cast to `dtype` on `device`, one
     tensor at a time.
 
-    The folder holds config.json; model.safetensors, or shards with an index, plain or packed;
-    tokenizer.model or tokenizer.json.
-    Refused, in one line, whatever does not fit: a missing, extra or misshapen tensor is named.
+    The folder holds config.json; model.safetensors, or shards with an index, plain or packed; and
+    tokenizer.model or tokenizer.json. Refused, in one line, whatever does not fit: a missing, extra
+    or misshapen tensor is named.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -330,9 +328,8 @@ def load_llama(path, device="cpu", dtype=torch.float32):
         for name, tensor in read_tensors(file, names, columns):
             if name not in columns or (tied and name == "lm_head.weight"):
                 continue
-            if not all(
-                map(math.isfinite, tensor.aminmax())
-            ):  # NaN goes through both; nothing is allocated
+            # NaN goes through both; nothing is allocated
+            if not all(map(math.isfinite, tensor.aminmax())):
                 raise Refused(f"{file}: tensor {name} holds NaN or infinite weights")
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
@@ -374,8 +371,7 @@ def save_llama(model, folder, source, masks=None, packed=False, values=None):
     transformers unchanged.
 
     Values come from the source's files in the source's dtype, tensor by tensor: a surviving weight
-    is bit-identical to the
-    source's, a pruned one is +0.0, whatever dtype was computed in.
+    is bit-identical to the source's, a pruned one is +0.0, whatever dtype was computed in.
     masks     {parameter name: bool (d_out, d_in), True = kept}; None: what is +0.0 in the model and
               not in the source is pruned
     values    {parameter name: (d_out, d_in)} refitted weights, in the source's dtype, that replace
@@ -413,9 +409,8 @@ def stream(model, tokenizer, prompt, count, temperature=0.0, seed=0):
             return
         ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):  # half of a multi-byte character waits for the rest
+        # half of a multi-byte character waits for the rest
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[shown:]
             shown = len(text)
 

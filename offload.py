@@ -29,9 +29,8 @@ class Offloaded(torch.nn.ModuleList):
     def __init__(self, blocks, device):
         super().__init__(blocks)
         self.device = device
-        self.rooms = [
-            (copy.deepcopy(blocks[0]).to(device),) for _ in range(2)
-        ]  # in tuples: not part of the model
+        # in tuples: not part of the model
+        self.rooms = [(copy.deepcopy(blocks[0]).to(device),) for _ in range(2)]
         if device.type == "cuda":  # pragma: no cover (needs CUDA)
             for p in self.parameters():
                 p.data = p.data.pin_memory()

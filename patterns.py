@@ -2,8 +2,7 @@
 Semi-structured masks, 2:4 or 4:8, which NVIDIA's sparse kernels can run: by the same ranks, in
 whole blocks.
 
-Reading   beside prune.py, whose --pattern uses it; can be skipped at first. Imports script.py
-          alone.
+Reading   beside prune.py, whose --pattern uses it; can be skipped. Imports script.py alone.
 """
 
 import math
@@ -24,8 +23,7 @@ def pattern_masks(pruner, strategy, keep, group):
     """{parameter name: bool (d_out, d_in), True = kept} with a keep:group pattern in some blocks;
     the others stay dense.
 
-    ceil(2 d s) blocks get the pattern, s the counted sparsity: those where the strategy prunes
-    most.
+    ceil(2 d s) blocks get the pattern, s the counted sparsity: those where it prunes most.
     Refused above half of the weights, and where d_in is no multiple of the group.
     """
     x = pruner.full(strategy).mean(1)

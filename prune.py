@@ -62,10 +62,9 @@ from unicuco import Layout, Trained, cap_divergence, load_stratnet, strategy_for
 CHUNK = 2**21  # weights ranked at once: their 64-bit keys take 16 MB
 
 
-# ----------------------------------------------------------------------------- scores and ranks
+# --------------------------------------------------------------------------------- scores and ranks
 def wanda(W, x_norm):
-    """|W_ij| ||X_j||_2, (d_out, d_in) float32: a small weight that meets large activations"
-    " stays."""
+    """|W_ij| ||X_j||_2, (d_out, d_in) float32: a small weight under large activations stays."""
     return W.abs().float() * x_norm
 
 
@@ -151,7 +150,7 @@ def write_pruned(W, ranks, threshold, out):
     return out
 
 
-# -------------------------------------------------------------------------- activations, Pruner
+# ------------------------------------------------------------------------------ activations, Pruner
 class InputNorms:
     """Hooks on the seven Linears of one block: the energy of each one's input, over all tokens that
     go through it.
@@ -302,8 +301,7 @@ class Pruner:
 
     @torch.inference_mode()
     def apply_masks(self, masks):
-        """Make the live weights those of masks {parameter name: bool}, dense where there is"
-        " none."""
+        """Make the live weights those of masks {parameter name: bool}, else dense."""
         for names, dense, live in zip(self.names, self.dense, self.live):
             for name, W, out in zip(names, dense, live):
                 kept = masks.get(name)
@@ -339,11 +337,10 @@ class F2:
         return self.divergence.measure()
 
 
-# ------------------------------------------------------------------------------------- requests
+# ----------------------------------------------------------------------------------------- requests
 @dataclass
 class Setting:
-    """What pruning and its measurement share. Windows are (n, T) long; no window is in two of"
-    " them."""
+    """What pruning and its measurement share. Windows are (n, T) long, none is in two sets."""
 
     model: Llama
     tokenizer: Tokenizer
@@ -374,9 +371,8 @@ def prepare(args, device, dtype, search_tokens):
 
 
 def find_stratnet(path, model_folder, blocks):
-    """Trained StratNet from `path`, else out/<model name>/, else the model's folder; None if none
-    is
-    there. A `path` that is not there is refused.
+    """Trained StratNet from `path`, else out/<model name>/, else the model's folder; None if there
+    is none. A `path` that is not there is refused.
     """
     name = "stratnet.safetensors"
     places = [Path("out") / model_folder.resolve().name / name, model_folder / name]
@@ -514,10 +510,9 @@ class Service:
         return row
 
 
-# --------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 class Table:
-    """The rows as they come, for a person; silent when the table goes to standard output as"
-    " JSON."""
+    """The rows as they come, for a person; silent when standard output carries the JSON."""
 
     def __init__(self, names, silent):
         self.width, self.silent = max(map(len, [*names, "request"])), silent

@@ -31,7 +31,7 @@ PREFIX = {"sparsity": "", "preference": "preference-", "max_kl": "kl-", "max_siz
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
-# -------------------------------------------------------------------------------------- parsing
+# ------------------------------------------------------------------------------------------ parsing
 def parse_value(kind, text):
     """The number of a request, within its range; a size may have a unit, as 9MB."""
     unit = " *([kMG]?)B?" if kind == "max_size" else "()"
@@ -79,7 +79,7 @@ def read_requests(path):
         raise Refused(f"requests {path}: {first_line(error)}") from None
 
 
-# ----------------------------------------------------------------------------- sizes and searches
+# ------------------------------------------------------------------------------- sizes and searches
 def packed_bytes(pruner, source, strategy):
     """Size of the packed weights of a strategy, at most 1 % too high: masks, survivors, the rest of
     the source's files.
@@ -97,8 +97,7 @@ def packed_bytes(pruner, source, strategy):
 
 
 def largest(fits, low=0.0, high=MAX, steps=24):
-    """The largest sparsity in [low, high] for which `fits` holds, when it holds up to some"
-    " point."""
+    """The largest sparsity in [low, high] for which `fits` holds; it holds up to some point."""
     for _ in range(steps):
         middle = (low + high) / 2
         if fits(middle):
@@ -108,8 +107,7 @@ def largest(fits, low=0.0, high=MAX, steps=24):
     return low
 
 
-# -------------------------------------------------------------------------- from a request to a
-# strategy
+# --------------------------------------------------------------------- from a request to a strategy
 class Unreachable(Refused):
     """No strategy meets the request; the message names the nearest that can be met."""
 

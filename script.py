@@ -55,11 +55,8 @@ def run(main, hint=""):
     except KeyboardInterrupt:
         print(f"\ninterrupted{hint}", file=sys.stderr)
         sys.exit(130)
-    except (
-        Refused,
-        OSError,
-        SafetensorError,
-    ) as error:  # the last: a full disk while weights are written
+    # SafetensorError: a full disk while weights are written
+    except (Refused, OSError, SafetensorError) as error:
         fail(error)
 
 
@@ -259,8 +256,7 @@ def new_folder(path, force=False):
     renamed at the end.
 
     What a killed run left beside `path` goes first; the folder that it was just replacing comes
-    back. Of two runs that write
-    one folder at the same time, one fails.
+    back. Of two runs that write one folder at the same time, one fails.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")

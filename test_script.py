@@ -25,9 +25,9 @@ import prune
 import script
 import train
 from checks import fuzz
-from conftest import ROOT, call, place_all, run_script, write_small
+from conftest import ROOT, call, place_all, refuses, run_script, write_small
 from llama import Tokenizer
-from script import new_folder, replacing, strict, write_json, write_text
+from script import Journal, new_folder, replacing, strict, write_json, write_text
 
 
 def test_json_holds_neither_nan_nor_infinity(tmp_path):
@@ -284,3 +284,106 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(
     for reason, module, *words in cases:
         capsys.readouterr()
         nothing_but_one_line(reason, module, call(module, *words), capsys.readouterr().err)
+
+
+# ------------------------------------------------------------------------------------ errors
+def test_a_bug_of_ours_keeps_its_traceback_and_bad_input_is_one_line():
+    program = "from script import {0}, run\ndef main(): raise {1}('no\\nsense')\nrun(main)"
+    for imported, error, code in (("Refused", "Refused", 2), ("fail", "ValueError", 1)):
+        done = run_script("-c", program.format(imported, error))
+        assert done.returncode == code and not done.stdout
+        if error == "Refused":
+            assert done.stderr == "-c: no sense\n"
+        else:
+            assert done.stderr.startswith("Traceback") and "in main" in done.stderr
+            assert "ValueError: no" in done.stderr
+
+
+@pytest.mark.parametrize("bug", [ValueError, TypeError, AssertionError, KeyError, RuntimeError])
+def test_no_error_but_refused_and_those_of_the_disk_is_turned_into_a_line(bug, capsys):
+    def broken():
+        raise bug("inside")
+
+    with pytest.raises(bug, match="inside"):
+        script.run(broken)
+    assert capsys.readouterr().err == ""
+
+
+# ----------------------------------------------------------------------------------- journal
+INPUTS = {"seed": 0, "model": "tiny", "sizes": (1, 2)}
+
+
+def test_a_journal_makes_a_value_once_and_has_it_on_disk_at_once(tmp_path):
+    path, made = tmp_path / "run" / "journal.json", []
+
+    def make():
+        made.append(1)
+        return 1 / 3
+
+    journal = Journal(path, INPUTS, resume=False)
+    assert "a" not in journal and not path.exists()
+    assert journal("a", make) == journal("a", make) == 1 / 3 and "a" in journal
+    assert json.loads(path.read_text()) == {
+        "inputs": {"seed": 0, "model": "tiny", "sizes": [1, 2]},
+        "values": {"a": 1 / 3},
+    }
+    again = Journal(path, INPUTS, resume=True)
+    assert again("a", make) == 1 / 3 and len(made) == 1
+    again.remember("b", [math.nan, 2])
+    read_back = Journal(path, INPUTS, resume=True).values
+    assert read_back == {"a": 1 / 3, "b": [None, 2]}  # JSON has no NaN
+
+
+def test_without_resume_a_journal_starts_empty_and_replaces_the_old_one_at_its_first_value(
+    tmp_path,
+):
+    path = tmp_path / "journal.json"
+    Journal(path, INPUTS, resume=False).remember("old", 1)
+    before = path.read_bytes()
+    fresh = Journal(path, INPUTS | {"seed": 1}, resume=False)
+    assert fresh.values == {} and path.read_bytes() == before
+    fresh.remember("new", 2)
+    assert json.loads(path.read_text())["values"] == {"new": 2}
+
+
+def test_a_journal_of_another_run_is_refused_and_says_what_differs(tmp_path):
+    path = tmp_path / "journal.json"
+    Journal(path, INPUTS, resume=False).remember("a", 1)
+    said = re.escape(f"{path} holds a run with another seed: 0, now 1")
+    refuses(Journal, path, INPUTS | {"seed": 1}, True, match=said)
+    refuses(Journal, path, INPUTS | {"more": 1}, True, match="another more: None, now 1")
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        "",
+        "[]",
+        "{}",
+        "\x00",
+        '{"inputs": {"seed": 0}',
+        json.dumps({"inputs": INPUTS, "values": []}),
+        json.dumps({"inputs": [], "values": {}}),
+    ],
+)
+def test_a_torn_or_foreign_journal_is_refused_in_one_line_and_left_as_it_is(tmp_path, torn):
+    path = tmp_path / "journal.json"
+    path.write_text(torn)
+    refuses(Journal, path, INPUTS, True, match=re.escape(str(path)))
+    assert path.read_text() == torn
+
+
+def test_a_value_that_cannot_be_written_leaves_the_journal_of_before(tmp_path, monkeypatch):
+    path = tmp_path / "journal.json"
+    journal = Journal(path, INPUTS, resume=False)
+    journal.remember("a", 1)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError):
+            journal.remember("b", 2)
+    assert json.loads(path.read_text())["values"] == {"a": 1}
+    assert os.listdir(tmp_path) == ["journal.json"]
