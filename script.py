@@ -300,10 +300,12 @@ class Journal:
         earlier, values = content.get("inputs"), content.get("values")
         if not (isinstance(earlier, dict) and isinstance(values, dict)):
             raise Refused(f"{path} holds no journal to resume from")
-        for key, now in strict(self.inputs).items():
-            if earlier.get(key) != now:
+        now = strict(self.inputs)
+        for key in now | earlier:  # a key that only one of them has is a difference too
+            if earlier.get(key) != now.get(key):
                 raise Refused(
-                    f"{path} holds a run with another {key}: {earlier.get(key)!r}, now {now!r}"
+                    f"{path} holds a run with another {key}: {earlier.get(key)!r},"
+                    f" now {now.get(key)!r}"
                 )
         return values
 

@@ -352,6 +352,8 @@ def test_a_journal_of_another_run_is_refused_and_says_what_differs(tmp_path):
     said = re.escape(f"{path} holds a run with another seed: 0, now 1")
     refuses(Journal, path, INPUTS | {"seed": 1}, True, match=said)
     refuses(Journal, path, INPUTS | {"more": 1}, True, match="another more: None, now 1")
+    fewer = {"seed": 0, "model": "tiny"}
+    refuses(Journal, path, fewer, True, match=re.escape("another sizes: [1, 2], now None"))
 
 
 @pytest.mark.parametrize(
