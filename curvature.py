@@ -1,27 +1,23 @@
 """
-What pruning will cost, read from the dense model alone: a table of damages, one curve for every
-matrix, no evaluation of f2.
+What pruning will cost, read from the dense model alone: one curve of damage for every matrix.
 
-Source    the Fisher information as the curvature of KL (Martens, arXiv 1412.1193); that it is
-          summed row by row and tabulated
-          along the order in which weights fall is this project's own.
-Reading   beside prune.py, whose ranks it follows. Next: train.py. gp.py's `CurvatureMean` is made
-          of the three numbers a matrix.
-Shapes    d blocks of 7 Linears, W (d_out, d_in), G = d sum_t log p(y_t) / d W; level l drops the
-          lowest l / LEVELS of every row.
+Source    the Fisher information as the curvature of KL (Martens, arXiv 1412.1193); summing it row
+          by row, and tabulating it in the order in which weights fall, is this project's own.
+Reading   beside prune.py, whose ranks it follows; gp.py's `CurvatureMean` is made of the result.
+Shapes    d blocks of 7 Linears, W (d_out, d_in), G = d sum_t log p(y_t) / d W for T tokens y_t
+          drawn from the dense model p; level l drops the lowest l / LEVELS of every row.
 
-From KL to the table, in five lines; delta = -W where a weight goes, 0 elsewhere, p the dense model:
+From KL to the table; delta = -W where a weight goes, 0 elsewhere:
 
-    KL(p || p_pruned) = 1/2 E_{y ~ p} <d log p(y) / d W, delta>^2 + O(delta^3)      (both KL and its
-    gradient vanish at delta = 0)
-                      = 1/2 E (sum over matrices m and rows i of s_mi)^2,  s_mi = -(sum over the
-                      dropped j of G_ij W_ij)
-                      ~ sum_m sum_i 1/2 E s_mi^2          (cross terms of rows and matrices drown in
-                      the noise of drawing y)
-    c_m(l / LEVELS)   = sum_i s_mi(l)^2 / (2 T), mean over N windows of T tokens    (nats per token;
-    one backward pass a window)
-    log c_m(x)        ~ t_m + q_m log(x + SHIFT) + r_m x                            (least squares
-    over the inner levels)
+    KL(p || p_pruned) = 1/2 E <d log p(y) / d W, delta>^2 + O(delta^3)                           (1)
+                      = 1/2 E (sum_m sum_i s_mi)^2,  s_mi = -(sum over dropped j of G_ij W_ij)   (2)
+                      ~ sum_m sum_i 1/2 E s_mi^2                                                 (3)
+    c_m(l / LEVELS)   = sum_i s_mi(l)^2 / (2 T), averaged over windows: nats per token           (4)
+    log c_m(x)        ~ t_m + q_m log(x + SHIFT) + r_m x                                         (5)
+
+(1) KL and its gradient vanish at delta = 0. (2) m counts matrices, i their rows. (3) The cross
+terms drown in the noise of drawing y. (4) One backward pass a window. (5) Least squares, inner
+levels.
 """
 
 import torch
@@ -32,8 +28,7 @@ from model import LINEARS
 
 LEVELS = 16
 PASSES, PASS_TOKENS = 16, 256  # backward passes, and the tokens of each
-# what a pass costs, in forward passes of its tokens: forward, forward again block by block,
-# backward for two
+# what a pass costs, in forward passes of its tokens: one, one more block by block, backward two
 FORWARDS = 4
 
 

@@ -10,29 +10,27 @@ Shapes    n strategies already measured, m strategies asked about, d blocks. All
 Not here  sparse or multi-output GPs: n stays in the hundreds, so one Cholesky factor is enough.
 
 The model  y = log f2 (nats);  y(x) = mean(x) + g(x) + noise,  g ~ GP(0, s^2 phi(r)),
-           r^2 = sum_i (x_i - x'_i)^2 / l_i^2,   theta = (log l_1, ..., log l_d, log s^2, log noise
-           variance)
+           r^2 = sum_i (x_i - x'_i)^2 / l_i^2
+           theta = (log l_1, ..., log l_d, log s^2, log noise variance)
 
 Every gradient is written out. Both kernels satisfy  d phi / d r = -r psi(r)  with
-           RBF         phi = exp(-r^2 / 2)                            psi = exp(-r^2 / 2)
-           Matern-5/2  phi = (1 + sqrt5 r + 5 r^2 / 3) exp(-sqrt5 r)  psi = 5/3 (1 + sqrt5 r)
-           exp(-sqrt5 r)
+           RBF         phi = psi = exp(-r^2 / 2)
+           Matern-5/2  phi = (1 + sqrt5 r + 5 r^2 / 3) exp(-sqrt5 r)
+                       psi = 5/3 (1 + sqrt5 r) exp(-sqrt5 r)
 so that nothing below divides by r:
-           d k / d log l_i = s^2 psi (x_i - x'_i)^2 / l_i^2           d k / d x_i = -s^2 psi (x_i -
-           x'_i) / l_i^2
+           d k / d log l_i = s^2 psi (x_i - x'_i)^2 / l_i^2
+           d k / d x_i     = -s^2 psi (x_i - x'_i) / l_i^2
 """
 
 import math
 
 import torch
 
-JITTER = (
-    1e-10  # times the mean diagonal; first rung of the ladder when a Cholesky factorisation fails
-)
+# first rung of the ladder when a Cholesky factorisation fails, times the mean diagonal
+JITTER = 1e-10
 SHIFT = 1e-3  # x_i + SHIFT under the logarithm of the mean: smooth down to x_i = 0
-VARIANCE_FLOOR = (
-    1e-12  # of the posterior variance, times the signal variance; there the gradient of std is 0
-)
+# of the posterior variance, times the signal variance; there the gradient of std is 0
+VARIANCE_FLOOR = 1e-12
 
 
 def minimise(f, start, steps=200):
@@ -67,10 +65,8 @@ def minimise(f, start, steps=200):
 class ConstantMean:
     """mean(x) = average of y; y is standardised for the kernel. The plain form of the method."""
 
-    log_signal, log_noise = (
-        0.0,
-        math.log(1e-2),
-    )  # where their priors stand, in units of the standardised y
+    # where their priors stand, in units of the standardised y
+    log_signal, log_noise = 0.0, math.log(1e-2)
 
     def fit(self, X, y):
         self.value = y.mean()
@@ -86,18 +82,17 @@ class ConstantMean:
 
 
 class BlocksMean:
-    """The KL of a pruned model is nearly the sum of its blocks' KLs, and each grows like x^a
-    exp(b_i x):
+    """The sum of blocks: the KL of a pruned model is nearly the sum of its blocks' KLs, and each
+    grows like x^a exp(b_i x):
 
         mean(x) = log sum_i exp(c_i + a log(x_i + SHIFT) + b_i x_i) + c_0
-        d mean / d c_i = w_i,  w = softmax_i(...)           d mean / d a = sum_i w_i log(x_i +
-        SHIFT)
-        d mean / d x_i = w_i (a / (x_i + SHIFT) + b_i)      d mean / d b_i = w_i x_i
+        d mean / d x_i = w_i (a / (x_i + SHIFT) + b_i),   w = softmax_i(...)
+        d mean / d c_i = w_i,   d mean / d b_i = w_i x_i
+        d mean / d a = sum_i w_i log(x_i + SHIFT)
 
     Fitted to the raw y by maximum a posteriori: c_i ~ N(0, 1), b_i ~ N(b, 0.5^2), b ~ N(5, 2^2),
-    c_0 flat, residual variance
-    0.02, a ~ N(1, 0.5^2) with a = 0.3 + softplus(alpha) > 0.3. Unlike a constant, it knows that
-    nothing is cheap near x_i = 0.9.
+    c_0 flat, residual variance 0.02, a ~ N(1, 0.5^2) with a = 0.3 + softplus(alpha) > 0.3. Unlike a
+    constant, it knows that nothing is cheap near x_i = 0.9.
     """
 
     log_signal, log_noise = math.log(0.02), math.log(1e-3)  # where their priors stand, in nats^2
@@ -154,15 +149,13 @@ class BlocksMean:
 
 class CurvatureMean:
     """The sum of all matrices' own curves, known before any measurement (curvature.py), corrected
-    by
-    what was measured; x (n, 7 d), matrix by matrix, j the kind of matrix and i its block:
+    by what was measured; x (n, 7 d), i the block and j the kind of matrix:
 
         mean(x) = c_0 / 2 + log sum_ij exp(t_ij + q_ij log(x_ij + SHIFT) + r_ij x_ij
-                                           + a_i / 2 + 0.3 e_j + (3 z + b_i + f_j / 2) x_ij)
-        with w = softmax_ij(...):   d mean / d x_ij = w_ij (q_ij / (x_ij + SHIFT) + r_ij + 3 z +
-        ...)
-        d mean / d a_i = 1/2 sum_j w_ij,  d mean / d b_i = sum_j w_ij x_ij,  and so on, each linear
-        in w
+                                           + a_i / 2 + 0.3 e_j + g_ij x_ij)
+        g_ij = 3 z + b_i + f_j / 2,   w = softmax_ij(...)
+        d mean / d x_ij = w_ij (q_ij / (x_ij + SHIFT) + r_ij + g_ij)
+        d mean / d a_i = 1/2 sum_j w_ij,   d mean / d b_i = sum_j w_ij x_ij,   and so on
 
     Fitted to the raw y by maximum a posteriori: all of (a, e, b, f, z, c_0) ~ N(0, 1), residual
     variance 0.004. With nothing measured all are 0. z is what damage that compounds does to all.
@@ -243,9 +236,7 @@ class GaussianProcess:
         self.kernel, self.features = kernel, features
 
     def fit(self, X, y, use_priors=True):
-        """X (n, d) strategies, y (n,) nats. ValueError unless all are finite and n >= 1. Returns
-        self.
-        """
+        """X (n, d) strategies, y (n,) nats -> self. ValueError unless finite and n >= 1."""
         X = torch.as_tensor(X, dtype=torch.float64)
         y = torch.as_tensor(y, dtype=torch.float64)
         shaped = X.ndim == 2 and y.shape == X.shape[:1] and len(y) > 0
@@ -371,9 +362,8 @@ class GaussianProcess:
     def solve(self, x):
         """Mean, std (m,) and their gradients (m, d). With k = s^2 phi(x, X) and u = K^-1 k:
 
-        mean = mean(x) + k^T alpha        d mean / d x_i = d mean(x) / d x_i + sum_a alpha_a d k_a /
-        d x_i
-        var  = s^2 - k^T u                d std / d x_i  = -1 / std sum_a u_a d k_a / d x_i
+        mean = mean(x) + k^T alpha     d mean = d mean(x) + sum_a alpha_a d k_a     (d = d / d x_i)
+        var  = s^2 - k^T u             d std  = -1 / std sum_a u_a d k_a
         """
         x = x.detach().to(torch.float64)
         scale = self.mean.scale

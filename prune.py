@@ -409,30 +409,27 @@ class Service:
         blocks = len(self.model.blocks)
         self.trained, self.method = None, "uniform"
         if not args.uniform:
-            self.trained, self.method = find_stratnet(args.stratnet, args.model, blocks), "unicuco"
+            self.trained = find_stratnet(args.stratnet, args.model, blocks)
+            self.method = "unicuco" if self.trained else "curvature"
         self.text, test = next(iter(setting.held_out.items()))
         self.test = test[: max(1, args.tokens // test.shape[1])]
         self.divergence = Divergence(self.model, self.test)
         self.dense_ppl = self.divergence.measure()[1]
         self.pruner = Pruner(self.model, self.calibration, args.metric)
-        if self.trained is None and not args.uniform:
-            self.method = "curvature"
+        if self.method == "curvature":
             self.trained = stratnet_from_curvature(self.pruner, self.calibration, args.seed)
 
     def curve(self, sparsity):
-        """The strategy (d,) for a sparsity: StratNet's, or uniform."""
+        """The strategy for a sparsity: StratNet's (D,), or uniform (d,)."""
         if self.trained is None:
             return torch.full((len(self.model.blocks),), sparsity, dtype=torch.float64)
         return strategy_for(self.trained.net, sparsity, self.pruner.sparsity)
 
-    def surrogate(self):
-        """What `strategy_of` asks; the GP is fitted again from StratNet's own data."""
-        gp = None
-        if self.trained is not None:
-            gp = self.trained.gp()
-        return Surrogate(
-            self.curve, self.trained and self.trained.net, gp, self.measure, self.bytes
-        )
+    def surrogate(self, predicts):
+        """What `strategy_of` asks; if it predicts, the GP is fitted again, from StratNet's data."""
+        trained = self.trained
+        gp = trained.gp() if trained is not None and predicts else None
+        return Surrogate(self.curve, trained and trained.net, gp, self.measure, self.bytes)
 
     def measure(self, strategy):
         self.pruner.apply(strategy)
@@ -653,7 +650,7 @@ def unpack_folder(args):
 def serve_all(service, requests, table):
     """Serve all requests: their rows, and a line for each that cannot be met."""
     rows, unmet = [], []
-    surrogate = service.surrogate()
+    surrogate = service.surrogate(any(r["kind"] == "max_kl" for r in requests))
     for request in requests:
         try:
             row = service.serve(request, surrogate)
@@ -682,6 +679,8 @@ def main():
         f" calibrated on {service.calibration.numel()} tokens, measured on {service.test.numel()}"
         f" of {service.text}"
     )
+    if service.method == "curvature":
+        table.say("no StratNet of this model: curvature alone chooses; python train.py makes one")
     table.head(service.dense_ppl)
     rows, unmet = serve_all(service, requests, table)
     if args.json == "-":

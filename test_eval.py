@@ -259,9 +259,7 @@ def test_kl_is_0_for_the_dense_model_and_positive_for_any_pruned_one(tokens, dty
         (torch.float16, 6e4),
     ],
 )
-def test_nan_weights_and_overflowing_activations_give_a_kl_that_is_not_finite_never_a_small_one(
-    tokens, dtype, ruin
-):
+def test_nan_weights_and_overflowing_activations_never_give_a_small_kl(tokens, dtype, ruin):
     model = random_model(dtype=dtype)
     divergence = evaluation.Divergence(model, tokens)
     model.blocks[1].mlp.down_proj.weight.data.fill_(ruin)

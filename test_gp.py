@@ -226,8 +226,7 @@ def test_where_the_data_leave_no_variance_std_is_its_floor_and_has_no_gradient()
 
 
 def curvature_gp(blocks=3):
-    """A GP with a table's mean and features of blocks and kinds, fitted to 30 strategies (30,"
-    " 21)."""
+    """A GP with a table's mean and features of blocks; strategies X (36, 21) and their y (36,)."""
     g = torch.Generator().manual_seed(0)
     t, q, r = (torch.randn(blocks, 7, generator=g, dtype=torch.float64) for _ in range(3))
     X = torch.rand(36, 7 * blocks, generator=g, dtype=torch.float64) * 0.8

@@ -293,7 +293,7 @@ def test_begin_and_end_tokens_that_the_model_does_not_have_are_refused(place, to
             refuses(load_llama, place("fast", config_json=fuzz.FIELDS | {name: token}), match=name)
 
 
-def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused_and_its_padding_and_truncation_are_not_used(
+def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused_and_its_padding_is_not_used(
     place, good
 ):
     pytest.importorskip("tokenizers")

@@ -103,7 +103,7 @@ def test_applying_a_strategy_sets_plus_zero_and_counts_exactly_and_restoring_bri
             pruner.apply(wrong)
 
 
-def test_pruned_in_bfloat16_saved_weights_are_the_sources_bit_for_bit_and_transformers_computes_the_same(
+def test_pruned_in_bfloat16_saved_weights_are_the_sources_and_transformers_computes_the_same(
     tmp_path, tokens
 ):
     transformers = pytest.importorskip("transformers")
@@ -396,30 +396,25 @@ def test_a_dry_run_writes_nothing_and_json_stands_alone_on_standard_output(
     assert re.search(r"^ +blocks 0.25 0.25 0.25$", capsys.readouterr().out, re.M)
 
 
-def test_a_pattern_keeps_the_counts_that_they_print(small, text, tmp_path):
-    for name, more in (("pattern", ("--pattern", "2:4")),):
-        assert (
-            call(
-                prune,
-                *options(small, text),
-                "--uniform",
-                "--sparsity",
-                0.5,
-                "--out",
-                tmp_path / name,
-                *more,
-            )
-            == 0
-        )
-        pruned = {n: W for n, W in weights(tmp_path / name).items() if n.endswith("_proj.weight")}
-        zeros = sum(int((W == 0).sum()) for W in pruned.values()) / sum(
-            W.numel() for W in pruned.values()
-        )
-        assert (
-            json.loads((tmp_path / name / "strategy.json").read_text())["counted"] == zeros == 0.5
-        )
-        if name == "pattern":
-            assert all(((W.view(-1, 4) != 0).sum(1) == 2).all() for W in pruned.values())
+def test_a_pattern_keeps_the_count_that_it_prints(small, text, tmp_path):
+    asked = (*options(small, text), "--uniform", "--sparsity", 0.5, "--pattern", "2:4")
+    assert call(prune, *asked, "--out", tmp_path / "out") == 0
+    pruned = [W for n, W in weights(tmp_path / "out").items() if n.endswith("_proj.weight")]
+    zeros = sum(int((W == 0).sum()) for W in pruned) / sum(W.numel() for W in pruned)
+    record = json.loads((tmp_path / "out" / "strategy.json").read_text())
+    assert record["counted"] == zeros == 0.5
+    assert all(((W.view(-1, 4) != 0).sum(1) == 2).all() for W in pruned)
+
+
+def test_without_a_stratnet_curvature_chooses_and_says_so(small, text, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)  # where no StratNet of an earlier run is found
+        assert call(prune, *options(small, text), "--sparsity", 0.5, "--out", tmp_path / "out") == 0
+    assert "no StratNet of this model: curvature alone chooses" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "strategy.json").read_text())
+    assert record["method"] == "curvature" and abs(record["counted"] - 0.5) <= 1 / (3 * 64)
+    sparsities = torch.tensor(record["strategy"])
+    assert sparsities.shape == (3, 7) and float(sparsities.std()) > 0.01
 
 
 def test_requests_that_contradict_each_other_are_one_line_before_anything_is_read(

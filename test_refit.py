@@ -42,6 +42,13 @@ def test_enough_steps_solve_the_normal_equations_of_every_row_exactly():
     assert (V[~kept] == 0).all() and not V[~kept].signbit().any()
 
 
+@pytest.mark.parametrize("columns", [1, 3, 4, 97])
+def test_the_product_by_panels_is_symmetric_and_the_whole_product(columns):
+    x = torch.randn(50, columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    H = refit.gram(x)
+    assert torch.equal(H, H.T) and relative(H, x.T @ x) < 1e-15  # float64
+
+
 def test_the_default_steps_lose_at_most_3_percent_of_what_the_exact_solution_gains():
     W, kept, x, y = problem(24, 48, 400, seed=1)
     y = x @ W.T  # the dense outputs

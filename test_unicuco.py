@@ -224,7 +224,7 @@ def test_picks_stay_between_and_differ_even_when_stratnet_has_collapsed(bias):
         assert len({tuple(p.tolist()) for p in picks}) == 5
 
 
-def test_picks_are_taken_only_where_requests_come_from_and_of_equal_means_the_uncertain_one_is_picked():
+def test_picks_lie_where_requests_come_from_and_of_equal_means_the_uncertain_one_is_picked():
     net, g = random_net(6, 4.0), lambda: torch.Generator().manual_seed(0)
     nothing = torch.empty(0, 2, dtype=torch.float64)
     surrogate = Surrogate(

@@ -222,9 +222,8 @@ def hypervolume_gain(points, candidates):
 
 
 def candidate_strategies(net, layout, count, wanted, between, generator):
-    """What StratNet answers to `count` random requests, of mean sparsity within `between`;
-    strategies
-    scattered over all levels if too few are.
+    """What StratNet answers to `count` random requests, of mean sparsity within `between`; if too
+    few are, strategies scattered over all levels.
     """
 
     def within(strategies):
@@ -242,8 +241,7 @@ def candidate_strategies(net, layout, count, wanted, between, generator):
 def select_batch(
     net, layout, gp, scale, measured, count, kappa, generator, between=ASKED, candidates=1000
 ):
-    """Strategies (count, D) to measure next: of those of random requests, the ones that
-    greedily
+    """Strategies (count, D) to measure next: of those of random requests, the ones that greedily
     add most hypervolume (PSL).
 
     A pick counts with its lower confidence bound. Only strategies of mean sparsity within `between`
@@ -298,9 +296,8 @@ class SearchSettings:
 
 @dataclass
 class SearchResult:
-    """log: [{"round", "strategy", "predicted", "measured"}], predicted = exp of the GP's mean
-    before
-    measuring.
+    """log: [{"round", "strategy", "predicted", "measured"}], where predicted is exp of the GP's
+    mean before measuring.
     """
 
     net: StratNet
@@ -336,8 +333,7 @@ def record(log, round, strategies, measured, predicted):
 
 
 def surrogate(layout, mean):
-    """An unfitted GP for strategies of a layout; `mean`: the name of one, or (t, q, r) of a"
-    " table."""
+    """An unfitted GP for a layout's strategies; mean: the name of one, or a table's (t, q, r)."""
     mean = mean if isinstance(mean, str) else CurvatureMean(*mean)
     return GaussianProcess(mean, features=layout.features)
 
@@ -402,8 +398,7 @@ def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
             gp = surrogate(layout, mean).fit(X, y)
             # 3. update StratNet on its lower confidence bound
             train_stratnet(net, layout, gp, scale, s.steps, s.kappa, g)
-            # 4. of random requests' strategies, pick the batch that adds most hypervolume; scatter
-            # it
+            # 4. of random requests' strategies, pick those that add most hypervolume; scatter them
             measured = scale(layout.level(X), y)
             picks = select_batch(net, layout, gp, scale, measured, s.batch, s.kappa, g, between)
             picks = scattered(picks, layout, g)
@@ -422,13 +417,12 @@ def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
 # ------------------------------------------------------------------ from a sparsity to a strategy
 @torch.no_grad()
 def strategy_for(net, sparsity, counted_sparsity):
-    """StratNet's strategy (d,) whose counted sparsity is that of uniform pruning at `sparsity`,
+    """StratNet's strategy (D,) whose counted sparsity is that of uniform pruning at `sparsity`,
     within 1 / (d min d_in).
 
-    l1 -> mean(h(l)) is close to monotone: bisect on l1, then shift all logits by one constant until
-    the count fits. Where blocks
-    tie, the last step of the count moves them one by one.
-    counted_sparsity   strategy (d,) -> fraction of weights pruned, as Pruner.sparsity
+    l1 -> count of h(l) is close to monotone: bisect on l1, then shift all logits by one constant
+    until the count fits. Where matrices tie, the last step of the count moves them one by one.
+    counted_sparsity   strategy (D,) -> fraction of weights pruned, as Pruner.sparsity
     Refused outside [0, MAX].
     """
     if not 0 <= sparsity <= MAX:
@@ -473,8 +467,7 @@ def shift_to(logits, sparsity, counted_sparsity):
 @dataclass
 class Trained:
     """A StratNet and what it was trained on: measured strategies X (n, D), y (n,) = log f2, the
-    table
-    of curvature (3, d, m) = (t, q, r) or None, and settings.
+    table of curvature (3, d, m) = (t, q, r) or None, and settings.
     """
 
     net: StratNet

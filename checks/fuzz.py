@@ -290,8 +290,7 @@ def read_texts(folder, vocab_size=FIELDS["vocab_size"]):
 
 
 def read(kind, files, scratch):
-    """Whether an input is read; False after a refusal in one short line; anything else is a"
-    " flaw."""
+    """Whether an input is read; False after a refusal in one short line; else a flaw is raised."""
     for name in ("in", "out"):
         shutil.rmtree(scratch / name, ignore_errors=True)
         (scratch / name).mkdir()

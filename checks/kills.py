@@ -169,8 +169,7 @@ def moments(kills, operations, seconds, r):
 
 
 def check_prune(root, prune_line, kills, r):
-    """-> (killed, old folder still there, none, new one already there, file operations of one"
-    " run)"""
+    """-> killed, old folder still there, none, new one already there, file operations of a run."""
     out, seen = root / "out" / "pruned", [0, 0, 0, 0]
     old_line, new_line = (
         [*prune_line, "--out", out, "--sparsity", s, *more]
