@@ -25,8 +25,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import Config, Llama, generate
-from script import Parser, Refused, add_model, choose_device, first_line, read_json, run
+from script import Parser, Refused, add_model, choose_device, first_line, read_json, run, usual_mode
 
+# what is copied beside the weights: configuration, tokenizer, licence; nothing else of a folder
+KEPT_FILES = (
+    "config.json generation_config.json model.safetensors.index.json tokenizer.model"
+    " tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json"
+    " merges.txt chat_template.json chat_template.jinja LICENSE LICENSE.txt"
+).split()
 FLOATS = ("F16", "BF16", "F32")  # the dtypes of weights that are read, as safetensors names them
 
 
@@ -193,6 +199,11 @@ def weight_files(folder):
     and shards disagree.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise Refused(
+            f"{folder} is not a folder (a model is a folder with config.json, model.safetensors"
+            " and a tokenizer)"
+        )
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     for path in folder.glob("*"):
         # opening a pipe would wait for ever
@@ -314,11 +325,6 @@ def load_llama(path, device="cpu", dtype=torch.float32):
     or misshapen tensor is named.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise Refused(
-            f"{folder} is not a folder (a model is a folder with config.json, model.safetensors"
-            " and a tokenizer)"
-        )
     files = weight_files(folder)
     model = empty_llama(folder, files)
     tokenizer = Tokenizer(folder, model.config.vocab_size)
@@ -366,6 +372,21 @@ def pruned_tensors(path, names, live, masks, values, packed):
     return tensors
 
 
+def files_to_copy(source):
+    """Files of a model folder that go into every pruned copy as they are: those of KEPT_FILES.
+
+    Refused where one is a link out of the folder: a stranger's folder must not carry your files
+    into what you publish. The hub's own cache, which links every file to its blobs, is no stranger.
+    """
+    home = source.resolve()
+    homes = home, home.parent.parent / "blobs"
+    files = [source / name for name in KEPT_FILES if (source / name).is_file()]
+    for path in files:
+        if not any(place in path.resolve().parents for place in homes):
+            raise Refused(f"{path} is a link out of its folder: put the file itself there")
+    return files
+
+
 def save_llama(model, folder, source, masks=None, packed=False, values=None):
     """Write `model` in the layout of the folder `source`, tokenizer files included, loadable by
     transformers unchanged.
@@ -388,13 +409,9 @@ def save_llama(model, folder, source, masks=None, packed=False, values=None):
     for path, names in weight_files(source).items():
         tensors = pruned_tensors(path, names, live, masks, values or {}, packed)
         save_file(tensors, folder / path.name, metadata)
-        (folder / path.name).chmod(0o644)
-    for path in source.iterdir():
-        known = (
-            path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "strategy.json"
-        )
-        if known and path.is_file():
-            shutil.copyfile(path, folder / path.name)
+        usual_mode(folder / path.name)
+    for path in files_to_copy(source):
+        shutil.copyfile(path, folder / path.name)
 
 
 # ----------------------------------------------------------------------------------- command line

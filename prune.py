@@ -16,6 +16,7 @@ Full      python prune.py --model ~/Llama-2-7b-hf --data c4.jsonl --sparsity 0.3
 
 import argparse
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from curvature import read_curves
 from eval import Divergence, batches, draw, load_texts
-from llama import Tokenizer, load_llama, save_llama, stored_dtypes
+from llama import Tokenizer, files_to_copy, load_llama, save_llama, stored_dtypes, weight_files
 from model import LINEARS, Llama
 from offload import offload_blocks
 from patterns import pattern_masks
@@ -51,8 +52,10 @@ from script import (
     at_least,
     choose_device,
     new_folder,
+    refuse_to_overwrite,
     refuse_to_replace,
     run,
+    say,
     sha256,
     strict,
     write_json,
@@ -308,6 +311,13 @@ class Pruner:
                 zero = torch.zeros((), dtype=W.dtype, device=W.device)
                 out.copy_(W if kept is None else torch.where(kept, W, zero))
 
+    @torch.inference_mode()
+    def zeros(self):
+        """The fraction of the live block weights that are 0, whoever made them so."""
+        live = [W for block in self.live for W in block]
+        zeros = sum(W.numel() - int(W.count_nonzero()) for W in live)
+        return zeros / sum(W.numel() for W in live)
+
     def mask_sparsity(self, masks):
         """The fraction of all block weights that masks {parameter name: bool} drop."""
         dropped = sum(int((~kept).sum()) for kept in masks.values())
@@ -386,6 +396,26 @@ def find_stratnet(path, model_folder, blocks):
     return None
 
 
+def check_made_for(about, args):
+    """Refuse a StratNet that was trained on other weights, or for another pruning score: its
+    settings `about` say so.
+    """
+    again = "python train.py makes one for this model, --uniform does without"
+    metric = about.get("metric", args.metric)
+    if metric != args.metric:
+        raise Refused(f"the StratNet was trained for --metric {metric}, not {args.metric}: {again}")
+    weights = about.get("weights")
+    if weights is not None and weights != [sha256(path) for path in weight_files(args.model)]:
+        raise Refused(
+            f"the StratNet was trained on other weights than those of {args.model}: {again}"
+        )
+
+
+def stamps(folder):
+    """Size and time of every weight file: what changes when somebody replaces one."""
+    return [(p.stat().st_size, p.stat().st_mtime_ns) for p in weight_files(folder)]
+
+
 def stratnet_from_curvature(pruner, windows, seed):
     """Trained on the table of curvature alone, in seconds: what serves where train.py never ran."""
     curves = torch.stack(read_curves(pruner, windows, seed))
@@ -404,6 +434,7 @@ class Service:
 
     def __init__(self, args, device, dtype):
         self.args = args
+        self.stamps = stamps(args.model)
         setting = prepare(args, device, dtype, search_tokens=1)
         self.model, self.calibration = setting.model, setting.calibration
         blocks = len(self.model.blocks)
@@ -411,11 +442,14 @@ class Service:
         if not args.uniform:
             self.trained = find_stratnet(args.stratnet, args.model, blocks)
             self.method = "unicuco" if self.trained else "curvature"
+        if self.method == "unicuco":
+            check_made_for(self.trained.about, args)
         self.text, test = next(iter(setting.held_out.items()))
         self.test = test[: max(1, args.tokens // test.shape[1])]
         self.divergence = Divergence(self.model, self.test)
         self.dense_ppl = self.divergence.measure()[1]
         self.pruner = Pruner(self.model, self.calibration, args.metric)
+        self.source_zeros = self.pruner.zeros()
         if self.method == "curvature":
             self.trained = stratnet_from_curvature(self.pruner, self.calibration, args.seed)
 
@@ -432,7 +466,8 @@ class Service:
         return Surrogate(self.curve, trained and trained.net, gp, self.measure, self.bytes)
 
     def measure(self, strategy):
-        self.pruner.apply(strategy)
+        """KL of the model that would be delivered, refitted if it would be."""
+        self.prune(strategy)
         return self.divergence()
 
     def bytes(self, strategy):
@@ -462,6 +497,8 @@ class Service:
         args = self.args
         with new_folder(request["out"], args.force) as folder:
             save_llama(self.model, folder, args.model, masks, args.packed, values)
+            if stamps(args.model) != self.stamps:
+                raise Refused(f"the weights of {args.model} changed meanwhile: run it again")
             row["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             write_json(folder / RECORD, row | self.record(request, row))
 
@@ -470,6 +507,8 @@ class Service:
         args = self.args
         return {
             "counted": row["sparsity"],
+            "zeros": self.pruner.zeros(),
+            "source_zeros": self.source_zeros,
             "request": {request["kind"]: request["value"]},
             "method": self.method,
             "refitted": args.refit,
@@ -494,6 +533,8 @@ class Service:
         strategy = strategy_of(request, surrogate)
         masks, counted, values = self.prune(strategy)
         kl, ppl = self.divergence.measure()
+        if not math.isfinite(kl):
+            raise Refused(f"{request['name']}: the pruned model computes NaN; try --dtype float32")
         row = {"request": request["name"], request["kind"]: request["text"], "sparsity": counted}
         row |= {
             "kl": kl,
@@ -516,7 +557,7 @@ class Table:
 
     def say(self, line):
         if not self.silent:
-            print(line)
+            say(line)
 
     def head(self, dense_ppl):
         width = self.width
@@ -611,6 +652,8 @@ def requests_of(args):
     if len(set(names)) < len(names):
         raise Refused(f"two requests are named {max(names, key=names.count)}")
     check_together(args, requests)
+    if args.json not in (None, "-"):
+        refuse_to_overwrite(Path(args.json), "request")
     for r in requests:
         r["out"] = output_of(args, r, len(requests) > 1)
         if not args.dry_run:
@@ -625,8 +668,15 @@ def precious_of(args):
 
 
 def check_together(args, requests):
-    if args.pattern and any(r["kind"] == "max_kl" for r in requests):
+    """Refuse what cannot be done, before anything is: half of a batch helps nobody."""
+    kinds = {r["kind"] for r in requests}
+    if args.pattern and "max_kl" in kinds:
         raise Refused("--pattern does not go with --max-kl, whose measurements it would change")
+    if args.uniform and "preference" in kinds:
+        raise Refused("a preference needs StratNet: it cannot be asked with --uniform")
+    for r in requests:
+        if r["kind"] == "sparsity" and args.pattern and r["value"] > 0.5:
+            raise Refused(f"sparsity {r['text']}: a {args.pattern} pattern reaches 0.5 at most")
 
 
 def output_of(args, request, several):
@@ -636,8 +686,8 @@ def output_of(args, request, several):
 
 
 def unpack_folder(args):
-    if not args.out:
-        raise Refused("--unpack needs --out")
+    if not args.out or args.dry_run:
+        raise Refused("--unpack needs --out, and writes: it does not go with --dry-run")
     refuse_to_replace(args.out, args.force, precious_of(args))
     model, _ = load_llama(args.unpack)
     with new_folder(args.out, args.force) as folder:
@@ -671,6 +721,8 @@ def main():
     if args.unpack:
         return unpack_folder(args)
     requests = requests_of(args)
+    if args.model.is_dir():
+        files_to_copy(args.model)  # refused now, not after an hour of work
     device, dtype, reason = choose_device(args.device, args.dtype)
     service = Service(args, device, dtype)
     table = Table([r["name"] for r in requests], silent=args.json == "-")
@@ -681,10 +733,15 @@ def main():
     )
     if service.method == "curvature":
         table.say("no StratNet of this model: curvature alone chooses; python train.py makes one")
+    if service.source_zeros > 0.01:
+        table.say(
+            f"{service.source_zeros:.2f} of the source's block weights are 0 already: KL is from it"
+            " as it is, and sparsity counts what this run drops"
+        )
     table.head(service.dense_ppl)
     rows, unmet = serve_all(service, requests, table)
     if args.json == "-":
-        print(json.dumps(strict(rows), indent=1))
+        say(json.dumps(strict(rows), indent=1))
     elif args.json:
         write_json(args.json, rows)
     if not args.dry_run:

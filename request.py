@@ -18,7 +18,7 @@ import torch
 from gp import GaussianProcess
 from llama import weight_files
 from script import Refused, first_line
-from unicuco import MAX, StratNet, log_divergence
+from unicuco import KL_FLOOR, MAX, StratNet, log_divergence
 
 KINDS = {
     "sparsity": ("S", f"fraction of the block weights that goes, 0 to {MAX}"),
@@ -28,6 +28,7 @@ KINDS = {
 }
 LARGEST = {"sparsity": MAX, "preference": 1, "max_kl": 1e9, "max_size": 1e15}
 PREFIX = {"sparsity": "", "preference": "preference-", "max_kl": "kl-", "max_size": "size-"}
+STEP = 0.005  # of sparsity: how near a wish for a KL is met
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
@@ -61,7 +62,8 @@ def parse_request(raw):
     kind = kinds[0]
     text = str(raw[kind])
     value = parse_value(kind, text)
-    name = raw.get("name", PREFIX[kind] + (text if kind == "max_size" else f"{value:g}"))
+    usual = text if kind == "max_size" else repr(value).removesuffix(".0")
+    name = raw.get("name", PREFIX[kind] + usual)
     plain = isinstance(name, str) and re.fullmatch(r"[\w.+ -]{1,80}", name)
     if not plain or name.startswith("."):
         raise Refused(f"a request's name is a plain folder name, not {str(name)[:40]!r}")
@@ -162,23 +164,32 @@ def by_size(request, surrogate):
 
 
 def by_divergence(request, surrogate):
-    """The surrogate proposes; each measurement corrects its offset; the largest sparsity that
-    measured below is kept.
+    """The largest sparsity whose measured KL is within the budget: STEP more was measured above it.
+
+    The surrogate proposes and each measurement corrects its offset; where that does not halve what
+    is open, the middle is measured. NaN is above every budget.
     """
-    curve, value = surrogate.curve, request["value"]
-    best, offset = None, 0.0
-    lowest = surrogate.measure(curve(0.01))
-    if not lowest <= value:  # NaN included
+    value, low, high, offset = request["value"], STEP, MAX + STEP, 0.0
+    lowest = surrogate.measure(surrogate.curve(low))
+    if not lowest <= value:
         raise Unreachable(
-            f"KL {value:g} is below what pruning gives: sparsity 0.01 has {lowest:.3g}"
+            f"KL {value:g} is below what pruning gives: sparsity {low} has {lowest:.3g}"
         )
-    for margin in (0.0, 0.01, 0.02, 0.04, 0.08, 0.16):
-        budget = math.log(max(value, 1e-9)) - margin - offset
-        x = curve(largest(lambda s: surrogate.predicted(curve(s)) <= budget, 0.01, MAX, 14))
-        kl = surrogate.measure(x)
-        if kl <= value and (best is None or float(x.mean()) > float(best.mean())):
-            best = x
-            if kl >= 0.97 * value or float(x.mean()) > MAX - 1e-3:
-                break
-        offset = log_divergence(kl) - surrogate.predicted(x)
-    return best if best is not None else curve(0.01)
+    halved = True
+    while high - low > 1.001 * STEP:
+        s = (low + high) / 2
+        if halved:
+            s = proposed(surrogate, value, offset, low, high)
+        strategy, before = surrogate.curve(s), high - low
+        kl = surrogate.measure(strategy)
+        low, high = (s, high) if kl <= value else (low, s)
+        offset = log_divergence(kl) - surrogate.predicted(strategy)
+        halved = high - low <= before / 2
+    return surrogate.curve(low)
+
+
+def proposed(surrogate, value, offset, low, high):
+    """Where the surrogate, moved by `offset`, crosses the budget, a STEP inside of what is open."""
+    budget = math.log(max(value, KL_FLOOR)) - offset
+    s = largest(lambda s: surrogate.predicted(surrogate.curve(s)) <= budget, low, MAX, 14)
+    return min(max(s, low + STEP), max(high - STEP, low + STEP), MAX)

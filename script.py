@@ -39,24 +39,52 @@ def first_line(error):
 
 def fail(message):
     """One line on stderr, then the exit code of bad input."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def open_streams():
+    """A stream that was closed leads nowhere; a character that one cannot show becomes "?"."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def hush():
+    """Nobody reads standard output any more: what follows is written to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(line=""):
+    """Print a line at once; a reader who has gone, as `head` does, ends no work."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        hush()
 
 
 def run(main, hint=""):
     """Run a script: bad input is one line and exit code 2, Ctrl-C one line with a hint and 130, a
     closed pipe no error.
     """
+    open_streams()
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush()
     except KeyboardInterrupt:
         print(f"\ninterrupted{hint}", file=sys.stderr)
         sys.exit(130)
-    # SafetensorError: a full disk while weights are written
-    except (Refused, OSError, SafetensorError) as error:
+    except Refused as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun's first process says the same
+            sys.exit(2)
+        fail(error)
+    except (OSError, SafetensorError) as error:  # the second: a full disk while weights are written
         fail(error)
 
 
@@ -193,9 +221,40 @@ def replacing(path):
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
+        usual_mode(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def usual_mode(path):
+    """Give a file the permissions of any new one, by the user's umask: safetensors writes 600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+@contextlib.contextmanager
+def locked(folder, why):
+    """The folder is this process's alone until the block ends; where another holds it, Refused.
+
+    The lock is on the folder itself, and goes with the process, however that ends.
+    """
+    try:
+        import fcntl
+    except ImportError:  # pragma: no cover (Windows has none: two runs at once are not noticed)
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise FileNotFoundError(folder)  # renamed or removed by its owner before we had it
+        yield
+    except (BlockingIOError, FileNotFoundError):
+        raise Refused(why) from None
+    finally:
+        os.close(handle)
 
 
 def write_text(path, text):
@@ -227,6 +286,7 @@ def write_json(path, value, rows=False):
 
 
 RECORD = "strategy.json"  # in every folder that prune.py wrote, and in no other
+LONGEST_NAME = 240  # bytes of a folder's name: disks take 255, and a hidden neighbour needs a few
 
 
 def refuse_to_replace(path, force, precious=()):
@@ -235,7 +295,13 @@ def refuse_to_replace(path, force, precious=()):
     force      replaces a folder that prune.py wrote, never a link or anybody else's folder
     precious   the source and texts: `path` may neither be, contain nor lie in one of them
     """
-    here = path.resolve()
+    try:
+        here = path.resolve()
+        blocked = any(parent.exists() and not parent.is_dir() for parent in here.parents)
+    except (OSError, RuntimeError):  # a name too long, a ring of links
+        blocked = True
+    if blocked or len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise Refused(f"{str(path)[:80]} cannot be a folder here: choose another --out")
     for kept in (Path.cwd(), *precious):
         if here == kept.resolve() or here in kept.resolve().parents:
             raise Refused(f"{path} holds {kept}, which is needed: choose another --out")
@@ -250,13 +316,28 @@ def refuse_to_replace(path, force, precious=()):
         raise Refused(f"{path} has no {RECORD}: prune.py did not write it and does not replace it")
 
 
+def refuse_to_overwrite(path, key):
+    """Refuse to write the JSON file `path` over anything but an earlier table: rows with `key`."""
+    if path.is_dir():
+        raise Refused(f"{path} is a folder, not a file to write")
+    if not path.exists():
+        return
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        ours = all(key in row for row in rows)
+    except (ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise Refused(f"{path} exists and is no earlier table: choose another file")
+
+
 @contextlib.contextmanager
 def new_folder(path, force=False):
     """A folder that appears under its name only when it is complete: yields a hidden neighbour,
     renamed at the end.
 
     What a killed run left beside `path` goes first; the folder that it was just replacing comes
-    back. Of two runs that write one folder at the same time, one fails.
+    back. Of two runs that write one folder at the same time, the second is refused.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -265,19 +346,33 @@ def new_folder(path, force=False):
     def tidy():
         if old.exists() and not path.exists():  # between the two renames below
             os.replace(old, path)
-        shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-    tidy()
     refuse_to_replace(path, force)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if path.exists():
-            os.replace(path, old)
-        os.replace(partial, path)
-    finally:
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(
+        partial, f"another process is writing {path}: wait for it, or choose another --out"
+    ):
+        empty(partial)
         tidy()
+        try:
+            refuse_to_replace(path, force)  # once more: what was moved aside may be back
+            yield partial
+            if path.exists():
+                os.replace(path, old)
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            tidy()
+
+
+def empty(folder):
+    """Remove all that a folder holds."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 # ----------------------------------------------------------------------------------- journal

@@ -11,10 +11,12 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import request
 from checks import fuzz
-from conftest import ROOT, refuses
+from conftest import ROOT, refuses, steady
 from eval import read_documents
 from llama import load_llama
 from request import parse_request, read_requests
@@ -38,10 +40,12 @@ def test_a_wish_for_a_kl_is_met_though_the_surrogate_is_wrong_and_more_sparsity_
     for guess in (
         lambda x: math.log(truth(x) / 3 if x.mean() < 0.6 else 0.3),
         lambda x: 8 * float(x.mean()) - 9,
+        lambda x: 0.0,
+        lambda x: 99.0,
     ):
         surrogate = request.Surrogate(curve, None, Guess(guess), truth, None)
         x = request.strategy_of(request.parse_request({"max_kl": 0.5}), surrogate)
-        assert truth(x) <= 0.5 and float(x.mean()) > 0.4
+        assert truth(x) <= 0.5 < truth(curve(float(x.mean()) + request.STEP))
     for measured in (math.nan, math.inf, 0.51):
         with pytest.raises(request.Unreachable):
             surrogate = request.Surrogate(curve, None, Guess(guess), lambda x: measured, None)
@@ -136,3 +140,25 @@ def test_prune_serves_wishes_of_every_kind_and_names_the_nearest_for_one_that_ca
     ):
         with pytest.raises(ValueError):
             parse_request(wrong)
+
+
+@steady
+@given(st.floats(1e-4, 5), st.floats(3, 12), st.floats(-2, 2))
+def test_the_next_step_of_sparsity_would_break_the_budget_whatever_the_surrogate_says(
+    budget, slope, wrong
+):
+    measured = []
+
+    def kl(x):
+        measured.append(float(x.mean()))
+        return 1e-3 * math.expm1(slope * measured[-1])
+
+    curve = lambda s: torch.full((4,), s, dtype=torch.float64)
+    guess = Guess(lambda x: math.log(1e-3) + (slope + wrong) * float(x.mean()))
+    if budget < kl(curve(request.STEP)):
+        return
+    surrogate = request.Surrogate(curve, None, guess, kl, None)
+    s = float(request.strategy_of(parse_request({"max_kl": repr(budget)}), surrogate).mean())
+    assert kl(curve(s)) <= budget
+    assert s == request.MAX or kl(curve(s + 1.001 * request.STEP)) > budget
+    assert len(measured) <= 16

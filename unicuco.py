@@ -497,7 +497,6 @@ def save_stratnet(path, trained):
     scale = {"lo": trained.scale.lo, "hi": trained.scale.hi}
     with replacing(path) as partial:
         save_file(tensors, partial, {"about": json.dumps(trained.about | scale)})
-        partial.chmod(0o644)
 
 
 def read_stratnet(path):
