@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from baselines import Target, evopress, gp_search, outlier_shares, owl_best, uniform
 from curvature import cost_in_tokens
-from eval import TASKS, cut, read_rows, standard_error, zero_shot
+from eval import TASKS, all_prompts, cut, read_rows, standard_error, zero_shot
 from prune import F2, Pruner, Setting, prepare
 from script import (
     Journal,
@@ -715,6 +715,8 @@ def arguments():
     at_least(args, 1, "requests", "seeds", "tokens", "calibration", "test_tokens")
     at_least(args, 1, "initial", "rounds", "limit")
     at_least(args, 8, "budget")
+    for task in TASKS if args.tasks else ():  # before hours of searching, not after
+        all_prompts(task, read_rows(args.tasks, task, args.limit))
     args.served = requests_asked(args.requests) if args.full else list(QUICK)
     args.out = args.out or Path("out") / args.model.resolve().name
     return args

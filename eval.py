@@ -242,7 +242,8 @@ def bits_per_byte(model, tokens, n_bytes, bos, seqlen):
     """
     total = 0.0
     rest = tokens[None, len(tokens) // seqlen * seqlen :]
-    for y in (*batches(cut(tokens, seqlen)), rest):
+    whole = batches(cut(tokens, seqlen)) if len(tokens) >= seqlen else []
+    for y in (*whole, rest) if rest.numel() else whole:
         y = y.to(model.embed.weight.device)
         x = torch.cat([torch.full_like(y[:, :1], bos), y[:, :-1]], 1)
         states = model.hidden(x).flatten(0, 1)

@@ -33,6 +33,7 @@ KEPT_FILES = (
     " tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json"
     " merges.txt chat_template.json chat_template.jinja LICENSE LICENSE.txt"
 ).split()
+LEAST_KEPT = 0.05  # of a packed matrix: strategies leave a tenth; a file of masks alone is a trap
 FLOATS = ("F16", "BF16", "F32")  # the dtypes of weights that are read, as safetensors names them
 
 
@@ -271,6 +272,8 @@ def check_tensor(path, name, shape, dtype, right):
     if name.endswith(".mask"):
         right, dtypes = (right[0], -(-right[-1] // 8)), ("U8",)
     elif name.endswith(".kept"):
+        if shape[0] < LEAST_KEPT * math.prod(right):  # before anything is allocated for it
+            raise Refused(f"{path}: {name} keeps {shape[0]} weights, less than pruning leaves")
         right = shape[:1]
     if shape != right or dtype not in dtypes:
         raise Refused(

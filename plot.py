@@ -36,15 +36,13 @@ class Made:
 
     @classmethod
     def read(cls, folder):
-        measured, rows = read_list(folder / "measured.json"), read_list(folder / "results.json")
-        path = folder / "stratnet.safetensors"
-        try:
-            outputs = len(measured[0]["strategy"])
-            blocks = outputs // len(LINEARS) if outputs % len(LINEARS) == 0 else outputs
-            rows[0]["method"], measured[0]["predicted"]
-        except (KeyError, IndexError, TypeError):
-            raise Refused(f"{folder} holds no run of train.py: python train.py makes one") from None
-        return cls(measured, rows, load_stratnet(path, blocks))
+        measured = read_rows(folder / "measured.json", MEASURED)
+        rows = read_rows(folder / "results.json", RESULT)
+        outputs = len(measured[0]["strategy"])
+        if any(len(e["strategy"]) != outputs or not numbers(e["strategy"]) for e in measured):
+            raise Refused(f"{folder / 'measured.json'} holds no strategies of one length")
+        blocks = outputs // len(LINEARS) if outputs % len(LINEARS) == 0 else outputs
+        return cls(measured, rows, load_stratnet(folder / "stratnet.safetensors", blocks))
 
     def strategy(self, sparsity):
         """StratNet's strategy for a sparsity, (d, m)."""
@@ -53,11 +51,28 @@ class Made:
         return x.view(layout.blocks, layout.kinds)
 
 
-def read_list(path):
+# fields of a row, and what each may be
+NUMBER = int, float
+MEASURED = {"round": int, "strategy": list, "measured": NUMBER, "predicted": (*NUMBER, type(None))}
+RESULT = {"method": str, "sparsity": NUMBER, "counted": NUMBER, "test": str, "kl": NUMBER}
+
+
+def numbers(values):
+    return all(isinstance(v, NUMBER) for v in values)
+
+
+def read_rows(path, fields):
+    """The rows of a JSON file of train.py, each with `fields` of the right kind."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
+        rows = json.loads(Path(path).read_text())
+        right = all(isinstance(row[key], kind) for row in rows for key, kind in fields.items())
+    except (OSError, ValueError, RecursionError):
         raise Refused(f"{path} is not there or not readable: python train.py writes it") from None
+    except (KeyError, TypeError, IndexError):
+        right = False
+    if not right or not rows:
+        raise Refused(f"{path} holds no rows of train.py: python train.py writes them")
+    return rows
 
 
 # ------------------------------------------------------------------------------------- figures

@@ -379,13 +379,16 @@ def empty(folder):
 class Journal:
     """Values on disk the moment they are known, so that a killed run goes on where it stopped.
 
-    path      JSON file {"inputs": {...}, "values": {key: value}}, written whole at every new value
+    path      JSON file {"inputs": {...}, "values": {key: [value, stamp]}}, written whole at every
+              new value; the stamp is the hash of the inputs that the value was made with
     inputs    what all values depend on; resuming from a file with other inputs is refused
     resume    False: an existing file is not read, and replaced at the first value
     """
 
     def __init__(self, path, inputs, resume):
         self.path, self.inputs, self.values = Path(path), inputs, {}
+        sorted_inputs = json.dumps(strict(inputs), sort_keys=True)
+        self.stamp = hashlib.sha256(sorted_inputs.encode()).hexdigest()[:12]
         if resume and self.path.exists():
             self.values = self.read(self.path)
 
@@ -402,7 +405,13 @@ class Journal:
                     f"{path} holds a run with another {key}: {earlier.get(key)!r},"
                     f" now {now.get(key)!r}"
                 )
-        return values
+        try:
+            pairs = {key: (value, stamp) for key, (value, stamp) in values.items()}
+        except (TypeError, ValueError):
+            pairs = {"": (None, None)}
+        if any(stamp != self.stamp for _, stamp in pairs.values()):
+            raise Refused(f"{path} holds values of another run, or of an earlier version")
+        return {key: value for key, (value, _) in pairs.items()}
 
     def __contains__(self, key):
         return key in self.values
@@ -418,4 +427,5 @@ class Journal:
         self.write()
 
     def write(self):
-        write_json(self.path, {"inputs": self.inputs, "values": self.values})
+        values = {key: [value, self.stamp] for key, value in self.values.items()}
+        write_json(self.path, {"inputs": self.inputs, "values": values})

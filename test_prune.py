@@ -8,6 +8,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -19,8 +21,20 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import prune
 import request
+import script
 import unicuco
-from conftest import CPU, ROOT, call, random_model, relative, run_script, seeds, steady, write_small
+from conftest import (
+    CPU,
+    ROOT,
+    call,
+    random_model,
+    random_net,
+    relative,
+    run_script,
+    seeds,
+    steady,
+    write_small,
+)
 from eval import Divergence
 from llama import load_llama, save_llama
 from model import LINEARS
@@ -532,3 +546,228 @@ def test_force_replaces_only_what_prune_wrote_and_never_the_source_its_parents_o
 def contents(folder):
     """{path: bytes} of every file below a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------- what reaches what, and what is refused
+MARKED = "alpha beta " * 3000, "omega psi " * 3000  # texts to choose on, and to test on
+
+
+@pytest.fixture
+def marked(tmp_path):
+    """Two texts whose words tell where a window comes from."""
+    paths = tmp_path / "choose.txt", tmp_path / "test.txt"
+    for path, words in zip(paths, MARKED):
+        path.write_text(words)
+    return paths
+
+
+def spied(monkeypatch, module, name, seen):
+    """Replace a class or function of `module` by one that also appends its arguments to `seen`."""
+    original = getattr(module, name)
+
+    def spy(*arguments, **named):
+        seen.append((name, arguments))
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(module, name, spy)
+
+
+def words_of(tokenizer, windows):
+    return set("alpha beta omega psi".split()) & set(
+        tokenizer.decode(windows.flatten().tolist()).split()
+    )
+
+
+def test_no_window_of_the_test_text_reaches_calibration_table_or_refit_and_kl_is_on_it_alone(
+    small, marked, tmp_path, monkeypatch
+):
+    seen = []
+    for name in ("Divergence", "Pruner", "read_curves", "follow"):
+        spied(monkeypatch, prune, name, seen)
+    monkeypatch.chdir(tmp_path)
+    words = (*options(small, marked[0]), "--test", marked[1], "--refit", "--sparsity", 0.5)
+    assert call(prune, *words, "--out", tmp_path / "out") == 0
+    _, tokenizer = load_llama(small)
+    place = {"Divergence": 1, "Pruner": 1, "read_curves": 1, "follow": 2}
+    assert {name for name, _ in seen} == place.keys()
+    for name, arguments in seen:
+        windows = arguments[place[name]]
+        right = {"omega", "psi"} if name == "Divergence" else {"alpha", "beta"}
+        assert words_of(tokenizer, windows) == right, name
+        assert windows.numel() == (128 if name == "Divergence" else 4 * 64)
+    record = json.loads((tmp_path / "out" / "strategy.json").read_text())
+    assert record["measured_on"] == "test.txt" and record["tokens"] == 128
+    dense, _ = load_llama(small)
+    windows = next(arguments[1] for name, arguments in seen if name == "Divergence")
+    perplexity = evaluation.perplexity(dense, windows.flatten(), 64)
+    assert record["dense_ppl"] == pytest.approx(perplexity, rel=1e-6)  # float32
+
+
+def test_two_values_of_seed_and_metric_give_two_models_and_one_value_gives_one(
+    small, text, tmp_path
+):
+    digests = {}
+    for name, words in {
+        "same": (),
+        "again": (),
+        "seed": ("--seed", 1),
+        "metric": ("--metric", "magnitude"),
+    }.items():
+        asked = (*options(small, text), "--uniform", "--sparsity", 0.5, *words)
+        assert call(prune, *asked, "--out", tmp_path / name) == 0
+        digests[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert digests["same"] == digests["again"] and len(set(digests.values())) == 3
+
+
+def trained_for(small, path, seed=0, **about):
+    """A random StratNet in a file, with settings `about`."""
+    net = random_net(21, seed=seed)
+    X = torch.rand(3, 21, dtype=torch.float64) * 0.8
+    sizes = torch.tensor([64 * 64.0, 64 * 32, 64 * 32, 64 * 64, 64 * 96, 64 * 96, 64 * 96])
+    about = {"mean": "blocks", **about}
+    scale = unicuco.Scale(-5.0, 1.0)
+    made = unicuco.Trained(net, unicuco.Layout(3, sizes), scale, X, X[:, 0].log(), None, about)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unicuco.save_stratnet(path, made)
+    return path
+
+
+def test_a_stratnet_of_other_weights_or_another_metric_is_refused(small, text, tmp_path, capsys):
+    own = [script.sha256(small / "model.safetensors")]
+    cases = [
+        ({"weights": own, "metric": "wanda"}, None),
+        ({"weights": ["0" * 64], "metric": "wanda"}, "trained on other weights"),
+        ({"weights": own, "metric": "magnitude"}, "trained for --metric magnitude"),
+    ]
+    for number, (about, reason) in enumerate(cases):
+        path = trained_for(small, tmp_path / f"{number}.safetensors", **about)
+        words = (*options(small, text), "--sparsity", 0.5, "--stratnet", path, "--dry-run")
+        assert call(prune, *words) == (2 if reason else 0)
+        assert reason is None or reason in capsys.readouterr().err
+
+
+def test_the_stratnet_of_the_last_run_wins_over_the_one_beside_the_model(
+    small, tmp_path, monkeypatch
+):
+    model = tmp_path / "small"
+    shutil.copytree(small, model)
+    monkeypatch.chdir(tmp_path)
+    trained_for(model, model / "stratnet.safetensors", seed=1)
+    beside = prune.find_stratnet(None, model, 3)
+    trained_for(model, tmp_path / "out" / "small" / "stratnet.safetensors", seed=2)
+    of_the_run = prune.find_stratnet(None, model, 3)
+    again = trained_for(model, tmp_path / "again.safetensors", seed=2)
+    named = prune.find_stratnet(again, model, 3)
+    request = torch.tensor([[0.5, 0.5]])
+    assert torch.equal(of_the_run.net(request), named.net(request))
+    assert not torch.equal(of_the_run.net(request), beside.net(request))
+
+
+def test_what_cannot_be_done_is_refused_before_the_first_of_a_batch_is_written(
+    small, text, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    asked = ("--uniform", "--sparsity", 0.3, "--out")
+    for reason, words in (
+        ("needs StratNet", (*asked, tmp_path / "a", "--preference", 0.4)),
+        (
+            "reaches 0.5 at most",
+            (*asked, tmp_path / "a", "--sparsity", 0.3, 0.7, "--pattern", "2:4"),
+        ),
+        ("is a folder", (*asked, tmp_path / "a", "--json", tmp_path)),
+        ("no earlier table", (*asked, tmp_path / "a", "--json", tmp_path / "thesis.tex")),
+        ("cannot be a folder", (*asked, tmp_path / "file" / "below")),
+        ("cannot be a folder", (*asked, tmp_path / ("a" * 250))),
+        ("--dry-run", ("--unpack", small, "--out", tmp_path / "a", "--dry-run")),
+    ):
+        before = contents(tmp_path)
+        assert call(prune, *options(small, text), *words) == 2, words
+        assert reason in capsys.readouterr().err
+        assert contents(tmp_path) == before and not (tmp_path / "a").exists()
+
+
+def test_a_link_out_of_a_strangers_folder_is_refused_and_the_hubs_own_cache_is_read(
+    small, text, tmp_path, capsys
+):
+    secret, blobs = tmp_path / "secret.json", tmp_path / "hub" / "blobs"
+    secret.write_text('{"password": "mine"}')
+    stranger, snapshot = tmp_path / "stranger", tmp_path / "hub" / "snapshots" / "main"
+    shutil.copytree(small, stranger)
+    (stranger / "notes.txt").symlink_to(secret)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in small.iterdir():
+        shutil.copyfile(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(blobs / path.name)
+    asked = ("--uniform", "--sparsity", 0.5, "--out")
+    assert call(prune, *options(stranger, text), *asked, tmp_path / "a") == 0
+    assert call(prune, *options(snapshot, text), *asked, tmp_path / "b") == 0
+    for out in ("a", "b"):
+        names = {path.name for path in (tmp_path / out).iterdir()}
+        assert "notes.txt" not in names and {"config.json", "tokenizer.model"} <= names
+    (stranger / "generation_config.json").symlink_to(secret)
+    capsys.readouterr()
+    assert call(prune, *options(stranger, text), *asked, tmp_path / "c") == 2
+    assert "is a link out of its folder" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_weights_that_are_replaced_while_it_serves_are_noticed(
+    small, text, tmp_path, capsys, monkeypatch
+):
+    model = tmp_path / "model"
+    shutil.copytree(small, model)
+    save = prune.save_llama
+
+    def slow(*arguments):
+        save(*arguments)
+        weights = load_file(model / "model.safetensors")
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(prune, "save_llama", slow)
+    words = (*options(model, text), "--uniform", "--sparsity", 0.5, "--out", tmp_path / "out")
+    assert call(prune, *words) == 2 and "changed meanwhile" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pruning_a_pruned_model_says_what_was_0_before_and_is_0_now(small, text, tmp_path, capsys):
+    asked = ("--uniform", "--out", tmp_path / "half", "--sparsity", 0.5)
+    assert call(prune, *options(small, text), *asked) == 0
+    assert "are 0 already" not in capsys.readouterr().out
+    again = ("--uniform", "--out", tmp_path / "again", "--sparsity", 0.3)
+    assert call(prune, *options(tmp_path / "half", text), *again) == 0
+    assert "0.50 of the source's block weights are 0 already" in capsys.readouterr().out
+    record = json.loads((tmp_path / "again" / "strategy.json").read_text())
+    assert record["source_zeros"] == pytest.approx(0.5, abs=0.01)
+    assert record["zeros"] >= record["source_zeros"] > record["counted"]
+
+
+def test_a_model_that_computes_nan_is_refused_and_not_written(
+    small, text, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(prune.Divergence, "measure", lambda self: (math.nan, 1.0))
+    words = (*options(small, text), "--uniform", "--sparsity", 0.5, "--out", tmp_path / "out")
+    assert call(prune, *words) == 2 and "computes NaN" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sparsities_that_differ_in_the_seventh_digit_have_two_names():
+    names = [request.parse_request({"sparsity": s})["name"] for s in ("0.1234567", "0.1234568")]
+    assert names == ["0.1234567", "0.1234568"]
+    assert request.parse_request({"sparsity": "0.50"})["name"] == "0.5"
+    assert request.parse_request({"max_kl": "1"})["name"] == "kl-1"
+
+
+def test_a_reader_who_has_gone_ends_no_serving(small, text, tmp_path):
+    words = [*options(small, text), "--uniform", "--sparsity", 0.3, 0.5, "--out", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, "prune.py", *map(str, words)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert (tmp_path / "0.3" / "strategy.json").exists()
+    assert (tmp_path / "0.5" / "strategy.json").exists()

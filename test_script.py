@@ -325,7 +325,7 @@ def test_a_journal_makes_a_value_once_and_has_it_on_disk_at_once(tmp_path):
     assert journal("a", make) == journal("a", make) == 1 / 3 and "a" in journal
     assert json.loads(path.read_text()) == {
         "inputs": {"seed": 0, "model": "tiny", "sizes": [1, 2]},
-        "values": {"a": 1 / 3},
+        "values": {"a": [1 / 3, journal.stamp]},
     }
     again = Journal(path, INPUTS, resume=True)
     assert again("a", make) == 1 / 3 and len(made) == 1
@@ -343,7 +343,7 @@ def test_without_resume_a_journal_starts_empty_and_replaces_the_old_one_at_its_f
     fresh = Journal(path, INPUTS | {"seed": 1}, resume=False)
     assert fresh.values == {} and path.read_bytes() == before
     fresh.remember("new", 2)
-    assert json.loads(path.read_text())["values"] == {"new": 2}
+    assert json.loads(path.read_text())["values"] == {"new": [2, fresh.stamp]}
 
 
 def test_a_journal_of_another_run_is_refused_and_says_what_differs(tmp_path):
@@ -387,5 +387,95 @@ def test_a_value_that_cannot_be_written_leaves_the_journal_of_before(tmp_path, m
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError):
             journal.remember("b", 2)
-    assert json.loads(path.read_text())["values"] == {"a": 1}
+    assert json.loads(path.read_text())["values"] == {"a": [1, journal.stamp]}
     assert os.listdir(tmp_path) == ["journal.json"]
+
+
+# ------------------------------------------------------------------- two at once, links, streams
+def test_of_two_that_write_one_folder_at_once_the_second_is_refused_and_the_first_ends_whole(
+    tmp_path,
+):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("first")
+        with pytest.raises(script.Refused, match="another process is writing"):
+            with new_folder(tmp_path / "out"):
+                pytest.fail("both write")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
+
+
+def test_a_folder_that_was_renamed_before_it_could_be_locked_is_not_taken_for_a_new_one(tmp_path):
+    (tmp_path / "gone").mkdir()
+    handle = os.open
+
+    def slow(path, *more):
+        opened = handle(path, *more)
+        os.rename(path, tmp_path / "finished")
+        return opened
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", slow)
+        with pytest.raises(script.Refused, match="busy"), script.locked(tmp_path / "gone", "busy"):
+            pytest.fail("locked")
+
+
+@pytest.mark.parametrize("umask,mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_what_is_written_has_the_permissions_of_any_new_file(tmp_path, small, umask, mode):
+    kept = os.umask(umask)
+    try:
+        write_text(tmp_path / "a", "text")
+        llama.save_llama(llama.load_llama(small)[0], tmp_path / "model", small)
+    finally:
+        os.umask(kept)
+    for path in (tmp_path / "a", tmp_path / "model" / "model.safetensors"):
+        assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_table_replaces_an_earlier_table_and_nothing_else(tmp_path):
+    table, thesis = tmp_path / "table.json", tmp_path / "thesis.tex"
+    script.refuse_to_overwrite(table, "request")
+    write_json(table, [{"request": "0.5"}])
+    script.refuse_to_overwrite(table, "request")
+    for content in ("years of work", "[1]", '{"a": 1}', '[{"a": 1}]', "[" * 10**5):
+        thesis.write_text(content)
+        refuses(script.refuse_to_overwrite, thesis, "request", match="no earlier table")
+    refuses(script.refuse_to_overwrite, tmp_path, "request", match="is a folder")
+
+
+def test_an_output_that_no_disk_would_take_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("a")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    for name in ("file", "file/below", "dangling", "ring", "ring/below", "é" * 125, "a" * 250):
+        refuses(script.refuse_to_replace, tmp_path / name, True)
+
+
+PRINTER = "from script import run, say\n{}\nrun(lambda: [say('x' * 1000) for _ in range(1000)])"
+
+
+def test_closed_streams_and_letters_that_they_cannot_show_end_no_work(tmp_path):
+    done = tmp_path / "done"
+    program = PRINTER.format("") + f"\nopen({str(done)!r}, 'w')"
+    for closing in (">&-", "2>&-", ">&- 2>&-", "| true"):
+        done.unlink(missing_ok=True)
+        command = f'"{sys.executable}" -c "$PROGRAM" {closing}'
+        environment = {**os.environ, "PROGRAM": program}
+        end = subprocess.run(
+            command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert end.returncode == 0 and end.stderr == "" and done.exists(), closing
+    program = "from script import run, say\nrun(lambda: say('caf\\u00e9'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, "-c", program]
+    end = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert end.stdout == "caf?\n" and end.returncode == 0
+
+
+def test_under_torchrun_the_first_process_alone_says_what_was_refused(capsys, monkeypatch):
+    def refused():
+        raise script.Refused("no")
+
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            script.run(refused)
+        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == lines

@@ -27,7 +27,7 @@ import train
 import unicuco
 from conftest import CPU, ROOT, call, random_model, random_net, write_small
 from prune import F2, Pruner
-from script import TINY, Refused, write_json
+from script import TINY, Journal, Refused
 from unicuco import SearchSettings, one_thread, search, strategy_for
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -66,7 +66,7 @@ def test_what_was_measured_is_never_measured_again_and_survives_the_run(tmp_path
     # NaN is remembered too, in JSON that has none
     text = (tmp_path / "evaluations.0.json").read_text()
     content = json.loads(text, parse_constant=pytest.fail)
-    assert list(content["values"].values()) == [0.375, 0.5, None]
+    assert [value for value, _ in content["values"].values()] == [0.375, 0.5, None]
     memory(f2, tmp_path, False)(strategies[:1])
     assert len(asked) == 4  # without --resume it starts anew
 
@@ -75,7 +75,7 @@ def test_evaluations_of_all_processes_are_read_back_bit_for_bit(tmp_path):
     values = {"[0.1, 0.3333333333333333]": 0.123456789012345678, "[0.0, 0.9]": 1 / 3}
     for rank, (key, kl) in enumerate(values.items()):
         path = tmp_path / f"evaluations.{rank}.json"
-        write_json(path, {"inputs": {"seed": 0}, "values": {key: kl}})
+        Journal(path, {"seed": 0}, False).remember(key, kl)
     measure = memory(None, tmp_path, True)
     assert measure.known == values
     strategies = [torch.tensor(json.loads(key), dtype=torch.float64) for key in values]
@@ -91,15 +91,19 @@ def test_evaluations_of_all_processes_are_read_back_bit_for_bit(tmp_path):
         '{"inputs": {"seed": 0}}',
         '{"inputs": {"seed": 0}, "values": 3}',
         '{"inputs": {"seed": 0}, "values": [[1, 2]]}',
-        '{"inputs": {"seed": 0}, "values": {"[0.1]": "x"}}',
-        '{"inputs": {"seed": 0}, "values": {"[0.1]": [1]}}',
+        '{"inputs": {"seed": 0}, "values": {"[0.1]": 0.5}}',
+        '{"inputs": {"seed": 0}, "values": {"[0.1]": [0.5, "another"]}}',
+        '{"inputs": {"seed": 0}, "values": {"[0.1]": ["x", "STAMP"]}}',
+        '{"inputs": {"seed": 0}, "values": {"[0.1]": [[1], "STAMP"]}}',
+        '{"inputs": {"seed": 0}, "values": {"[0.1]": [1HUGE, "STAMP"]}}',
         '{"inputs": {"seed": 0}, "values": {"[0.1]": 0.5',
         '{"inputs": {"seed": 1}, "values": {}}',
     ],
 )
 def test_what_is_no_journal_of_this_run_is_refused_in_one_line(tmp_path, broken):
     path = tmp_path / "evaluations.0.json"
-    path.write_text(broken)
+    stamp = Journal(path, {"seed": 0}, False).stamp
+    path.write_text(broken.replace("STAMP", stamp).replace("HUGE", "0" * 400))
     with pytest.raises(Refused) as error:
         memory(None, tmp_path, True)
     assert str(path) in str(error.value) and "\n" not in str(error.value)

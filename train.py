@@ -10,6 +10,7 @@ Full      torchrun --nproc-per-node=8 train.py --model ~/Llama-2-7b-hf --data c4
               --test wiki.test.raw --tokens 16384
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -36,6 +37,7 @@ from script import (
     add_texts,
     at_least,
     choose_device,
+    locked,
     run,
     sha256,
     write_json,
@@ -74,7 +76,7 @@ def open_journals(folder, inputs, resume):
         try:
             # JSON has no NaN: it is stored as null
             known |= {x: math.nan if kl is None else float(kl) for x, kl in values.items()}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise Refused(f"{path} holds no evaluations to resume from: remove it") from None
     return journal, known
 
@@ -227,13 +229,14 @@ def show_predictions(log, rounds):
 def sources(args):
     """What every run depends on: model, text and windows. `args.dtype` is the chosen one."""
     if args.data:
-        name, digest = args.data.name, sha256(args.data)
+        name, digest = args.data.name, sha256(args.data) if args.data.is_file() else None
     else:
         name = f"stdlib {platform.python_version()}"
         digest = hashlib.sha256("".join(stdlib_files(False)).encode()).hexdigest()
     return {
         "model": args.model.resolve().name,
         "weights": [sha256(path) for path in weight_files(args.model)],
+        "config": sha256(args.model / "config.json"),
         "data": name,
         "sha256": digest,
         "tokens": args.tokens,
@@ -262,7 +265,12 @@ def join_processes(device):
 
 
 def clear(out, first, resume):
-    """Remove the journals of an earlier run, before anybody measures."""
+    """Remove the journals of an earlier run, before anybody measures, and what a killed run left
+    half written.
+    """
+    if first:
+        for path in out.glob(".*.partial*"):
+            path.unlink()
     if first and not resume:
         for path in out.glob("evaluations.*.json"):
             path.unlink()
@@ -332,6 +340,15 @@ def arguments():
     return args
 
 
+def digest_of(*windows):
+    """Digest of token ids (n, T): what a run is chosen on, whatever its text is called."""
+    digest = hashlib.sha256()
+    for ids in windows:
+        digest.update(repr(tuple(ids.shape)).encode())
+        digest.update(ids.cpu().long().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Run:
     """One run of train.py: this process's device, whether it prints and writes, and its clock."""
 
@@ -341,10 +358,19 @@ class Run:
         self.device, self.first = join_processes(device)
         args.dtype = str(self.dtype)[6:]
         self.setting = prepare(args, self.device, self.dtype, args.tokens)
-        self.inputs = fingerprint(args)
+        chosen_on = self.setting.calibration, self.setting.search
+        self.inputs = fingerprint(args) | {"windows": digest_of(*chosen_on)}
 
     def seconds(self):
         return time.perf_counter() - self.started
+
+    def alone(self):
+        """While this runs, no other train.py writes into the same folder."""
+        if not self.first:
+            return contextlib.nullcontext()
+        out = self.args.out
+        out.mkdir(parents=True, exist_ok=True)
+        return locked(out, f"another train.py is running in {out}: choose another --out")
 
     def greet(self):
         setting = self.setting
@@ -381,8 +407,13 @@ class Run:
 
 
 def main():
-    args = arguments()
-    this = Run(args)
+    this = Run(arguments())
+    args = this.args
+    with this.alone():
+        search_and_report(this, args)
+
+
+def search_and_report(this, args):
     clear(args.out, this.first, args.resume)
     journals = open_journals(args.out, this.inputs, args.resume)
     if this.first:

@@ -40,6 +40,7 @@ CLAMP = 12.0  # logits beyond this are saturated: a shift could not move them
 # nats; y = log f2 is clipped: log 0 below, a model pruned to ruin above
 KL_FLOOR, KL_CEILING = 1e-6, 1e2
 ASKED = (0.15, 0.75)  # mean sparsities that requests come from
+MOST_MEASURED = 1000  # strategies in a file: a GP of more would take minutes to fit again
 INFORMED = (0.42, 0.78)  # where curvature alone is not enough
 
 
@@ -524,6 +525,9 @@ def read_stratnet(path):
     with torch.device("meta"):  # nothing is allocated for what the file only claims
         net = StratNet(outputs)
     net.load_state_dict(tensors, assign=True)
+    with torch.no_grad():
+        if not net.logits(torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])).isfinite().all():
+            raise ValueError("its network computes NaN or infinity")
     layout = Layout(outputs // len(sizes), sizes)
     return Trained(net.eval(), layout, scale, X, y, curves, about)
 
@@ -531,7 +535,7 @@ def read_stratnet(path):
 def check_fit(X, y, sizes, curves, outputs):
     """ValueError unless measured strategies, sizes and table belong to a StratNet of `outputs`."""
     kinds = len(sizes)
-    shaped = X.shape == (*y.shape, outputs) and 0 < len(y) <= 10_000
+    shaped = X.shape == (*y.shape, outputs) and 0 < len(y) <= MOST_MEASURED
     if not (shaped and X.min() >= 0 and X.max() <= MAX):
         raise ValueError("its strategies and values do not fit together")
     if sizes.ndim != 1 or outputs > 10_000 or outputs % kinds or not sizes.min() > 0:
