@@ -453,7 +453,7 @@ def read_rows(folder, task, limit=None):
     path = Path(folder) / TASKS[task]
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"task file {path} cannot be read: {first_line(error)}") from None
     if not rows:
         raise Refused(f"task file {path} is empty")

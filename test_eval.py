@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import llama
-from conftest import CPU, ROOT, call, random_model, refuses
+from conftest import CPU, ROOT, call, random_model, refuses, write_tasks
 from llama import load_llama
 from model import Config, Llama
 from prune import Pruner
@@ -459,3 +459,29 @@ def test_a_label_may_be_a_string_and_a_row_without_its_right_answer_is_refused()
     swag = {"activity_label": "A", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": "1"}
     assert evaluation.all_prompts("hellaswag", [swag])[0][3] == 1
     refuses(evaluation.all_prompts, "hellaswag", [swag | {"label": ""}])
+
+
+def test_two_seeds_draw_two_sets_of_windows_and_one_seed_draws_one():
+    windows = torch.arange(64).view(32, 2)
+    first, again, other = (evaluation.draw(windows, [4, 4], seed) for seed in (0, 0, 1))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+
+
+def test_bits_are_counted_when_the_tokens_fill_their_windows_or_not_even_one(small):
+    model, _ = load_llama(small)
+    tokens = torch.randint(3, 4096, (128,), generator=torch.Generator().manual_seed(0))
+    for count, seqlen in ((128, 64), (100, 64), (64, 64), (30, 64)):
+        bits = evaluation.bits_per_byte(model, tokens[:count], 1000, 1, seqlen)
+        total = 0.0
+        for window in tokens[:count].split(seqlen):
+            x = torch.cat([torch.tensor([1]), window[:-1]])
+            log_p = model(x[None])[0].log_softmax(-1)
+            total -= float(log_p.gather(1, window[:, None]).sum())
+        assert bits == pytest.approx(total / math.log(2) / 1000, rel=1e-5)  # float32
+
+
+def test_rows_too_deep_to_read_are_one_line(tmp_path):
+    write_tasks(tmp_path)
+    (tmp_path / evaluation.TASKS["piqa"]).write_text("[" * 10**5)
+    refuses(evaluation.read_rows, tmp_path, "piqa", match="cannot be read")

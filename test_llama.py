@@ -549,3 +549,12 @@ def test_a_tokenizer_json_works_like_its_library_and_says_which_package_it_needs
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match="pip install tokenizers"):
         load_llama(folder)
+
+
+def test_a_packed_file_of_masks_alone_is_refused_before_anything_is_allocated(tmp_path):
+    path = tmp_path / "model.safetensors"
+    right = (1024, 1024)
+    refuses(
+        llama.check_tensor, path, "a.kept", (1000,), "F32", right, match="less than pruning leaves"
+    )
+    llama.check_tensor(path, "a.kept", (102400,), "F32", right)

@@ -11,7 +11,7 @@ import pytest
 
 import plot
 import tables
-from conftest import ROOT, call
+from conftest import ROOT, call, refuses
 
 
 @pytest.mark.parametrize("name", tables.PAGES)
@@ -61,3 +61,13 @@ def test_a_folder_without_a_run_is_one_line(broken, tmp_path, capsys):
         (tmp_path / name).write_text(broken)
     assert call(plot, "--run", tmp_path) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["measured.json", "results.json"])
+@pytest.mark.parametrize(
+    "broken", ["{", "[]", "3", "[3]", '[{"strategy": 1}]', "null", "[" * 10**5, '[{"kl": "a"}]']
+)
+def test_rows_that_train_did_not_write_are_one_line(tmp_path, name, broken):
+    (tmp_path / name).write_text(broken)
+    fields = plot.MEASURED if name == "measured.json" else plot.RESULT
+    refuses(plot.read_rows, tmp_path / name, fields, match=name)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import llama
+import script
 import train
 import unicuco
 from conftest import CPU, ROOT, call, random_model, random_net, write_small
@@ -398,3 +399,111 @@ def test_a_folder_with_a_run_is_kept_unless_it_is_resumed_or_given_up(
     assert "--resume goes on with it, --force begins anew" in error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert call(train, *words, "--resume") == 0 and call(train, *words, "--force") == 0
+
+
+# ------------------------------------------------------------------- what reaches what, two at once
+def spied(monkeypatch, name, seen):
+    """Replace a class or function of train.py by one that also appends its arguments to `seen`."""
+    original = getattr(train, name)
+
+    def spy(*arguments, **named):
+        seen.append((name, arguments))
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(train, name, spy)
+
+
+def test_no_window_of_the_test_text_reaches_calibration_table_or_search(
+    small, tmp_path, monkeypatch, short
+):
+    (tmp_path / "choose.txt").write_text("alpha beta " * 3000)
+    (tmp_path / "test.txt").write_text("omega psi " * 3000)
+    seen = []
+    for name in ("Pruner", "damage_table", "F2", "Divergence"):
+        spied(monkeypatch, name, seen)
+    words = run_words(small, tmp_path / "choose.txt", tmp_path / "out", 3, 1)
+    assert call(train, *words, "--test", tmp_path / "test.txt") == 0
+    _, tokenizer = llama.load_llama(small)
+    assert [name for name, _ in seen] == ["Pruner", "damage_table", "F2", "Divergence"]
+    windows = {name: arguments[1] for name, arguments in seen}
+    for name, ids in windows.items():
+        said = set(tokenizer.decode(ids.flatten().tolist()).split())
+        chosen_on, tested_on = {"alpha", "beta"} & said, {"omega", "psi"} & said
+        assert bool(tested_on) == (name == "Divergence") != bool(chosen_on), name
+    assert torch.equal(windows["Pruner"], windows["damage_table"])
+    assert windows["Pruner"].shape == (2, 64) and windows["F2"].shape == (1, 64)
+    rows = {tuple(w.tolist()) for w in windows["Pruner"]}
+    assert tuple(windows["F2"][0].tolist()) not in rows or len(rows) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [("--seed", 1), ("--mean", "blocks"), ("--metric", "magnitude"), ("--rounds", 0)]
+)
+def test_another_value_of_a_flag_gives_another_search(small, text, tmp_path, short, words):
+    logs = []
+    for name, more in (("one", ()), ("other", words), ("same", ())):
+        assert call(train, *run_words(small, text, tmp_path / name, 3, 1), *more) == 0
+        logs.append(json.loads((tmp_path / name / "measured.json").read_text()))
+    assert logs[0] == logs[2] != logs[1]
+
+
+def test_the_last_stratnet_is_trained_on_the_mean_alone_and_the_ones_before_on_the_bound(
+    monkeypatch,
+):
+    kappas, original = [], unicuco.train_stratnet
+
+    def spy(net, layout, gp, scale, steps, kappa, generator):
+        kappas.append(kappa)
+        original(net, layout, gp, scale, 1, kappa, generator)
+
+    monkeypatch.setattr(unicuco, "train_stratnet", spy)
+    f2 = lambda batch: [float(x.sum()) + 0.1 for x in batch]
+    search(f2, 3, SearchSettings(initial=4, rounds=2, batch=2))
+    assert kappas == [0.5, 0.5, 0.0]
+
+
+def test_a_second_run_into_one_folder_is_refused_while_the_first_goes_on(
+    small, text, tmp_path, capsys
+):
+    words = run_words(small, text, tmp_path / "out", 3, 0)
+    (tmp_path / "out").mkdir()
+    with script.locked(tmp_path / "out", "mine"):
+        assert call(train, *words) == 2
+    assert "another train.py is running" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_resuming_with_another_text_split_or_configuration_is_refused(
+    text, tmp_path, capsys, short
+):
+    model = write_small(tmp_path / "model")
+    words = (*run_words(model, text, tmp_path / "out", 3, 0), "--resume")
+    assert call(train, *words) == 0
+    (tmp_path / "test.txt").write_text("omega psi " * 3000)
+    assert call(train, *words, "--test", tmp_path / "test.txt") == 2  # --data is split no more
+    assert "another windows" in capsys.readouterr().err
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
+    assert call(train, *words) == 2
+    assert "another config" in capsys.readouterr().err
+
+
+def test_what_a_killed_run_left_half_written_goes(small, text, tmp_path, short):
+    left = tmp_path / ".evaluations.0.4711.partial.json"
+    left.write_text("{")
+    assert call(train, *run_words(small, text, tmp_path, 3, 0)) == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_every_shard_is_in_the_fingerprint(tmp_path):
+    tensors = {f"{i}": torch.full((2,), float(i)) for i in range(3)}
+    index = {name: f"part-{name}.safetensors" for name in tensors}
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, tmp_path / index[name])
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "config.json").write_text("{}")
+    args = argparse.Namespace(
+        model=tmp_path, data=None, tokens=1, calibration=1, seqlen=1, dtype="float32"
+    )
+    digests = [hashlib.sha256((tmp_path / f).read_bytes()).hexdigest() for f in index.values()]
+    assert train.sources(args)["weights"] == digests

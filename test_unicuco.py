@@ -585,3 +585,53 @@ def test_a_search_that_starts_from_curves_measures_where_they_are_not_enough_and
     level = lambda x: float(layout.level(torch.as_tensor(x)))
     ours, before = (strategy_for(net, 0.6, level) for net in (result.net, blind))
     assert float(truth(ours[None])) < float(truth(before[None])) - 0.03
+
+
+def test_a_step_of_training_is_clipped_to_a_gradient_of_length_1():
+    """Against Adam written out for one parameter after another, over two steps of unequal size."""
+    layout, scale = Layout(3), Scale(-5.0, -4.9)  # a narrow scale: large gradients
+    gp = gp_of_sum(3)
+    ours, other = random_net(3, seed=4), random_net(3, seed=4)
+    unicuco.train_stratnet(ours, layout, gp, scale, 3, 0.5, torch.Generator().manual_seed(1))
+    g, lengths = torch.Generator().manual_seed(1), []
+    first, second = ([torch.zeros_like(p) for p in other.parameters()] for _ in range(2))
+    for step in range(1, 4):
+        requests = unicuco.sample_requests(16, g)
+        mean, std = gp.posterior(other(requests))
+        level = layout.level(other(requests))
+        loss = unicuco.tchebycheff(scale(level, mean - 0.5 * std), requests).mean()
+        gradients = torch.autograd.grad(loss, list(other.parameters()))
+        length = torch.stack([(v**2).sum() for v in gradients]).sum().sqrt()
+        lengths.append(float(length))
+        rate = 1e-3 * (1 + math.cos(math.pi * (step - 1) / 3)) / 2
+        for p, v, m, s in zip(other.parameters(), gradients, first, second):
+            v = v / max(1.0, float(length))
+            m.mul_(0.9).add_(0.1 * v)
+            s.mul_(0.999).add_(0.001 * v**2)
+            step_size = rate / (1 - 0.9**step)
+            p.data -= step_size * m / ((s / (1 - 0.999**step)).sqrt() + 1e-8)
+    assert max(lengths) > 2
+    for p, q in zip(ours.parameters(), other.parameters()):
+        assert relative(p.data, q.data) < 1e-6  # float64
+
+
+def gp_of_sum(blocks):
+    """A Gaussian process of the sum of a strategy's sparsities."""
+    X = unicuco.first_design(12, blocks, torch.Generator().manual_seed(0))
+    return GaussianProcess("constant").fit(X, X.sum(1))
+
+
+@pytest.mark.parametrize("change", ["rows", "weights"])
+def test_a_stratnet_file_that_would_take_minutes_or_compute_nan_is_refused_at_once(
+    tmp_path, change
+):
+    path, net = tmp_path / "stratnet.safetensors", random_net(3)
+    X = torch.full((1001 if change == "rows" else 3, 3), 0.5, dtype=torch.float64)
+    if change == "weights":
+        for p in net.parameters():
+            p.data *= 1e300
+    scale, about = Scale(-5.0, 1.0), {"mean": "blocks"}
+    made = Trained(net, Layout(3), scale, X, X[:, 0].log(), None, about)
+    save_stratnet(path, made)
+    reason = "do not fit together" if change == "rows" else "NaN or infinity"
+    refuses(load_stratnet, path, 3, match=reason)
