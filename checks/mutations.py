@@ -2,12 +2,13 @@
 Do the tests notice? Break the code on purpose, one place at a time, and run the tests of its file.
 
 Breaks    found in the syntax tree, so a renamed line breaks nothing: a comparison or an operator
-          turned round, a number moved by one, a condition negated, an assignment dropped.
+          turned round, a number moved by one, a condition negated, an assignment dropped, an
+          option of the command line ignored, one text taken for another.
 Run       python checks/mutations.py                          (40 breaks, 10 minutes on one core)
           python checks/mutations.py --files gp.py --count 10 --seed 3
+          python checks/mutations.py --kinds option text --count 999
 A break is caught when a test fails, and survives when all pass: each survivor is printed, to be
-read
-by a person, for some breaks change nothing that matters. The folder is copied: nothing here
+read by a person, for some breaks change nothing that matters. The folder is copied: nothing here
 changes.
 """
 
@@ -30,7 +31,7 @@ TESTS = {
     "model.py": ["test_llama.py"],
     "llama.py": ["test_llama.py"],
     "eval.py": ["test_eval.py"],
-    "prune.py": ["test_prune.py", "test_request.py"],
+    "prune.py": ["test_prune.py", "test_request.py", "test_refit.py"],
     "patterns.py": ["test_prune.py"],
     "request.py": ["test_request.py", "test_prune.py"],
     "train.py": ["test_train.py"],
@@ -54,6 +55,24 @@ OPPOSITE = {
 }
 
 
+KINDS = "comparison operator number condition assignment option text".split()
+# options that could be ignored without a crash, as if nobody had given them
+IGNORED = "__import__('types').SimpleNamespace(metric='wanda', seed=0, mean='curvature')"
+OPTIONS = "metric", "seed", "mean"
+OTHER_TEXT = {"calibration": "search", "search": "calibration", "test": "calibration"}
+
+
+def wiring_breaks(node):
+    """Breaks of an attribute: what a function is handed is not what it should be."""
+    named = isinstance(node.value, ast.Name) and node.value.id
+    if named == "args" and node.attr in OPTIONS:
+        ignored = ast.parse(IGNORED, mode="eval").body
+        return [("option", lambda n: setattr(n, "value", ignored))]
+    if named in ("self", "setting", "service") and node.attr in OTHER_TEXT:
+        return [("text", lambda n: setattr(n, "attr", OTHER_TEXT[n.attr]))]
+    return []
+
+
 def breaks(node):
     """[(what, function that does it to a node of the same kind)] of one node of a syntax tree."""
     if isinstance(node, ast.Compare) and type(node.ops[0]) in OPPOSITE:
@@ -64,6 +83,8 @@ def breaks(node):
         return [("number", lambda n: setattr(n, "value", n.value + 1))]
     if isinstance(node, ast.If):
         return [("condition", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test)))]
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        return wiring_breaks(node)
     if isinstance(node, ast.AugAssign):
         return [("assignment", lambda n: setattr(n, "value", ast.Constant(0)))]
     return []
@@ -99,6 +120,7 @@ def broken(file, number, do):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--files", nargs="+", choices=TESTS, default=list(TESTS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -106,6 +128,7 @@ def main():
         (file, *place)
         for file in args.files
         for place in places(ast.parse((ROOT / file).read_text()))
+        if place[1] in args.kinds
     ]
     chosen = random.Random(args.seed).sample(found, min(args.count, len(found)))
     caught = 0
