@@ -1,7 +1,9 @@
 """
-What UniCuCo is compared with: uniform, OWL, EvoPress and a Gaussian process for each request.
+What UniCuCo is compared with: uniform, OWL, EvoPress, a Gaussian process for each request; and
+SparseGPT, what the refit is compared with.
 
-Source    OWL (arXiv 2310.05175), EvoPress (arXiv 2410.14649); docstrings say what was left out.
+Source    OWL (arXiv 2310.05175), EvoPress (arXiv 2410.14649), SparseGPT (arXiv 2301.00774);
+          docstrings say what was left out.
 Reading   after train.py, before compare.py, which needs it. All on the same masks and the same f2.
 Shapes    d blocks; a strategy (d,) is the sparsity of each block.
 """
@@ -12,9 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from eval import batches
 from gp import GaussianProcess
 from model import LINEARS
 from prune import activation_norms, wanda
+from refit import GROUPS, gram
 from unicuco import MAX, log_divergence, one_thread, shift_to, to_logits
 
 
@@ -27,6 +31,7 @@ def uniform(blocks, sparsity):
 class Target:
     """What each search below is asked for: a strategy with the count of uniform at `sparsity`.
 
+    blocks             length of a strategy: d, or 7 d for one over matrices
     counted_sparsity   strategy (d,) -> fraction of weights that it drops, as Pruner.sparsity
     """
 
@@ -76,13 +81,26 @@ def owl_best(shares, target, f2, lams=(0.04, 0.08, 0.12)):
 
 
 # -------------------------------------------------------------------------------------- EvoPress
-def child_of(parent, step, g):
-    """`parent` (d,) after 1 to 3 level switches, 1 the likeliest: one random block gains `step`
-    of sparsity, another loses it, so the sum stays."""
+def groups_of(sizes, blocks):
+    """Places of equal size in a strategy over matrices: what may be switched. sizes (m,) weights of
+    the matrices of a block -> list of index tensors into (m d,).
+    """
+    places = torch.arange(blocks * len(sizes)).view(blocks, len(sizes))
+    return [places[:, sizes == size].flatten() for size in sizes.unique()]
+
+
+def child_of(parent, step, g, groups=None):
+    """`parent` (D,) after 1 to 3 level switches, 1 the likeliest: one random place gains `step`
+    of sparsity, another of equal size loses it, so the sum stays."""
     child = parent.clone()
+    groups = [torch.arange(len(child))] if groups is None else groups
+    share = torch.tensor([float(len(group)) for group in groups])
     one, other = (int(torch.randint(1, 4, (1,), generator=g)) for _ in range(2))
     for _ in range(min(one, other)):
-        up, down = torch.randperm(len(child), generator=g)[:2].tolist()
+        group = groups[0]
+        if len(groups) > 1:
+            group = groups[int(torch.multinomial(share, 1, generator=g))]
+        up, down = group[torch.randperm(len(group), generator=g)[:2]].tolist()
         size = min(step, float(MAX - child[up]), float(child[down]))
         child[up] += size
         child[down] -= size
@@ -90,7 +108,17 @@ def child_of(parent, step, g):
 
 
 def evopress(
-    f2, quick, target, budget, seed=0, *, snapshots=(), offspring=8, survivors=2, step=0.05
+    f2,
+    quick,
+    target,
+    budget,
+    seed=0,
+    *,
+    snapshots=(),
+    offspring=8,
+    survivors=2,
+    step=0.05,
+    groups=None,
 ):
     """EvoPress: (1 + lambda) evolution of one request, by KL.
 
@@ -98,6 +126,7 @@ def evopress(
     best few, and the parent, on f2.
     f2, quick   strategy -> KL on all search tokens, and on 1 / quick.share of them
     budget      evaluations of f2, counted in tokens
+    groups      None: any two places switch levels; else index tensors of places of equal size
     snapshots   smaller budgets whose best strategy is wanted too
     returns     {budget: (strategy (d,), seconds until then)}
     Left out: levels from a database of pruned layers (any level costs nothing here), and a third
@@ -115,7 +144,7 @@ def evopress(
         if spent + cost > wanted[0]:  # not even one more generation
             found[wanted.pop(0)] = parent, time.perf_counter() - started
             continue
-        children = [target.met_by(child_of(parent, step, g)) for _ in range(offspring)]
+        children = [target.met_by(child_of(parent, step, g, groups)) for _ in range(offspring)]
         for child in sorted(children, key=quick)[:survivors]:
             kl = f2(child)
             if kl < best:
@@ -168,3 +197,57 @@ def lowest_bounds(gp, start, sparsity, batch, *, steps, generator):
         loss.backward()
         optimizer.step()
     return z.detach()
+
+
+# ------------------------------------------------------------------------------------- SparseGPT
+def sparsegpt_matrix(W, H, sparsity, kept=None, *, damping=0.01, width=128):
+    """SparseGPT's sweep over the columns of W (d_out, d_in): each pruned weight's error goes into
+    the columns to its right, as the inverse of H = x^T x (d_in, d_in) says.
+
+    kept      mask (d_out, d_in), True = stays; None: chosen in each `width` columns by
+              w^2 / [H^-1]_jj, the lowest `sparsity` of them going
+    returns   the new W, float32, 0 where pruned
+    """
+    W, H = W.float().clone(), H.clone()
+    dead = H.diagonal() == 0
+    H[dead, dead] = 1.0
+    W[:, dead] = 0.0
+    H.diagonal().add_(damping * H.diagonal().mean())
+    H_inv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    for start in range(0, W.shape[1], width):
+        part = slice(start, min(start + width, W.shape[1]))
+        w, U = W[:, part], H_inv[part, part]
+        stays = lowest_go(w**2 / U.diagonal() ** 2, sparsity) if kept is None else kept[:, part]
+        errors = torch.zeros_like(w)
+        for j in range(w.shape[1]):
+            errors[:, j] = torch.where(stays[:, j], 0, w[:, j]) / U[j, j]
+            w[:, j] = torch.where(stays[:, j], w[:, j], 0)
+            w[:, j + 1 :] -= errors[:, j, None] * U[j, j + 1 :]
+        W[:, part.stop :] -= errors @ H_inv[part, part.stop :]
+    return W
+
+
+def lowest_go(scores, sparsity):
+    """True but for the lowest `sparsity` of all scores (d_out, width)."""
+    threshold = scores.flatten().kthvalue(max(1, int(sparsity * scores.numel() + 1e-6))).values
+    return (scores > threshold) if sparsity > 0 else torch.ones_like(scores, dtype=torch.bool)
+
+
+@torch.inference_mode()
+def sparsegpt(pruner, windows, sparsity, masks=None):
+    """Make the model that of SparseGPT at a uniform sparsity, block by block, on inputs from the
+    blocks that are pruned already; with its own masks, or with masks {parameter name: bool}.
+    """
+    model = pruner.model
+    pruner.restore()
+    rotary = model.rotary(windows.shape[1])
+    states = [model.embed(w) for w in batches(windows.to(model.embed.weight.device))]
+    for i, block in enumerate(model.blocks):
+        walks = [block.walk(h, rotary) for h in states]
+        for members in GROUPS:
+            H = sum(gram(next(walk)[0].flatten(0, 1).float()) for walk in walks)
+            for j in members:
+                kept = None if masks is None else masks[pruner.names[i][j]].to(H.device)
+                W = sparsegpt_matrix(pruner.dense[i][j].to(H.device), H, sparsity, kept)
+                pruner.live[i][j].copy_(W)
+        states = [next(walk)[1] for walk in walks]

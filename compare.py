@@ -24,10 +24,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from baselines import Target, evopress, gp_search, outlier_shares, owl_best, uniform
+from baselines import (
+    Target,
+    evopress,
+    gp_search,
+    groups_of,
+    outlier_shares,
+    owl_best,
+    sparsegpt,
+    uniform,
+)
 from curvature import cost_in_tokens
 from eval import TASKS, all_prompts, cut, read_rows, standard_error, zero_shot
 from prune import F2, Pruner, Setting, prepare
+from refit import follow
 from script import (
     Journal,
     Parser,
@@ -56,6 +66,7 @@ METHODS = {
     "constant": "UniCuCo, constant mean",
     "gp": "GP per request",
     "evopress": "EvoPress",
+    "matrices": "matrix EvoPress",
     "magnitude": "magnitude, uniform",
 }
 # what 64 requests cost no more searches than one
@@ -96,6 +107,11 @@ class Run:
     def target(self, sparsity):
         return Target(sparsity, len(self.pruner.live), self.pruner.sparsity)
 
+    def matrix_target(self, sparsity):
+        """The same, of strategies with a sparsity for every matrix, (7 d,)."""
+        outputs = len(self.pruner.live) * len(self.pruner.d_in)
+        return Target(sparsity, outputs, self.pruner.sparsity)
+
     def evaluations(self):
         """Of f2 so far, in units of all search tokens."""
         return (self.f2.tokens_spent + self.quick.tokens_spent) / self.f2.windows.numel()
@@ -122,6 +138,7 @@ def start(args, journal, device, dtype):
 def total_evaluations(args):
     """Of f2, that the methods of a run will ask for."""
     costs = {"owl": 12, "gp": args.budget // 2, "evopress": args.budget}
+    costs["matrices"] = args.budget
     each = sum(costs.get(name, 0) for name in args.methods)
     searches = len({"unicuco", "constant"} & set(args.methods))
     return each * len(args.served) + (args.initial + 4 * args.rounds) * searches
@@ -185,14 +202,14 @@ def by_gp(run, method):
     return each(run, method, find, run.args.served)
 
 
-def by_evopress(run, method):
+def by_evopress(run, method, matrices=False):
     """One evolution for each request; its smaller budgets are snapshots, methods of their own."""
     whole = run.args.budget
     budgets = sorted({whole // 8, whole // 4, whole // 2, whole} - {0})
     found = {}
     for s in run.args.served:
         key = f"{run.args.seed} {method} {s}"
-        found[s] = run.journal(key, partial(evolved, run, s, budgets))
+        found[s] = run.journal(key, partial(evolved, run, s, budgets, matrices))
     return [
         answer(run, f"{method}, {b} each", s, found[s][str(b)])
         for b in budgets
@@ -200,15 +217,20 @@ def by_evopress(run, method):
     ]
 
 
-def evolved(run, sparsity, budgets):
-    """{budget: as `timed`} of one evolution."""
+def evolved(run, sparsity, budgets, matrices):
+    """{budget: as `timed`} of one evolution, over blocks or over matrices."""
+    target, groups = run.target(sparsity), None
+    if matrices:
+        target = run.matrix_target(sparsity)
+        groups = groups_of(run.pruner.d_in * run.pruner.d_out, len(run.pruner.live))
     found = evopress(
         run.f2,
         run.quick,
-        run.target(sparsity),
+        target,
         budgets[-1],
         run.args.seed,
         snapshots=budgets,
+        groups=groups,
     )
     return {
         str(b): {"strategy": x.tolist(), "seconds": seconds, "evaluations": float(b)}
@@ -252,6 +274,7 @@ SEARCHES = {
     "constant": partial(by_unicuco, mean="constant"),
     "gp": by_gp,
     "evopress": by_evopress,
+    "matrices": partial(by_evopress, matrices=True),
 }
 
 
@@ -318,11 +341,61 @@ def name_of(answer):
     return f"{seed} {method} {sparsity} {strategy_id(answer['strategy'])}"
 
 
+# ---------------------------------------------------------------------------------------- refitted
+def refitted_all(run, answers, texts):
+    """Rows of the last answers of every method at PERPLEXITIES, survivors refitted; and SparseGPT
+    with Wanda's masks and with its own. All on the same calibration windows and texts.
+    """
+    run.pruner.restore()
+    readers = {text: Reader(run.pruner, windows) for text, windows in texts.items()}
+    for reader in readers.values():
+        reader.f2  # the dense model reads now
+    evolutions = {a["method"] for a in answers if a["method"].endswith(" each")}
+    skipped = {m for m in evolutions if not m.endswith(f" {run.args.budget} each")}
+    asked = [a for s in PERPLEXITIES for a in answers if a["sparsity"] == s]
+    asked = [a for a in asked if a["method"] not in skipped]
+    asked += [a | {"method": m} for a in asked if a["method"] == "uniform" for m in SPARSEGPT]
+    rows = []
+    for a in tqdm(asked, desc=f"seed {run.args.seed}, refitted", disable=None):
+        found = run.journal(f"{name_of(a)}, refitted", partial(refitted, run, a, readers))
+        rows += [row("refitted", a, text, more) for text, more in found.items()]
+    run.pruner.restore()
+    return rows
+
+
+SPARSEGPT = ("SparseGPT, Wanda's masks", "SparseGPT, its masks")
+
+
+def refitted(run, answer, readers):
+    """{text: tokens, counted sparsity, KL and perplexity} of one answer after its refit."""
+    pruner, windows = run.pruner, run.setting.calibration
+    masks, started = pruner.masks(answer["strategy"]), time.perf_counter()
+    if answer["method"] in SPARSEGPT:
+        own = answer["method"] == SPARSEGPT[1]
+        sparsegpt(pruner, windows, answer["sparsity"], None if own else masks)
+    else:
+        follow(pruner, masks, windows)
+    seconds, counted = time.perf_counter() - started, pruner.zeros()
+    return {
+        text: {
+            "tokens": reader.windows.numel(),
+            "counted": counted,
+            "refit_seconds": seconds,
+            **outcome(*reader.f2.divergence.measure()),
+        }
+        for text, reader in readers.items()
+    }
+
+
 def hard(answers):
     """What is read long texts and asked tasks: the dense model, then the answers at HARD, but not
     those of EvoPress's smaller budgets and of the constant mean."""
-    evolutions = [a["method"] for a in answers if a["method"].startswith("EvoPress")]
-    skipped = {METHODS["constant"], *evolutions} - {*evolutions[-1:]}
+    largest = {}
+    for a in answers:
+        if a["method"].endswith(" each"):  # smaller budgets come first
+            largest[a["method"].split(",")[0]] = a["method"]
+    evolutions = {a["method"] for a in answers if a["method"].endswith(" each")}
+    skipped = {METHODS["constant"], *evolutions} - {*largest.values()}
     zeros = [0.0] * len(answers[0]["strategy"])
     costs = dict.fromkeys(("evaluations", "seconds", "shared_evaluations", "shared_seconds"), 0.0)
     dense = {"method": "dense", "sparsity": 0.0, **costs, "strategy": zeros}
@@ -372,6 +445,8 @@ def one_seed(args, seed, journal, device, dtype):
         rows += ask_all(run, hard(answers)) if first else []
     texts = first_tokens(run.setting.held_out, args.test_tokens)
     rows += read_all(run, answers, run.pruner, texts, "requests")
+    if args.refit:
+        rows += refitted_all(run, answers, texts)
     if "magnitude" in args.methods:
         by_magnitude = Pruner(run.setting.model, run.setting.calibration, "magnitude")
         method = {"method": METHODS["magnitude"]}
@@ -586,6 +661,43 @@ def show_text(table, text, tokens, served):
             print(f"{r['method']:<23}" + "".join(cells))
 
 
+def refitted_table(rows):
+    """A row for each method and sparsity of the refitted models: KL over refitted uniform's and
+    over uniform's without refit, lists over seeds and texts; perplexities.
+    """
+    same = ("seed", "text", "sparsity")
+    bare = [r for r in rows if r["table"] == "requests" and r["method"] == "uniform"]
+    bare = {tuple(r[k] for k in same): r["kl"] for r in bare}
+    table = []
+    for key, mine in grouped(with_ratios(rows, "refitted"), "method", "sparsity").items():
+        below = [r["kl"] / bare[tuple(r[k] for k in same)] for r in mine]
+        table.append(
+            {
+                "method": key[0],
+                "sparsity": key[1],
+                "ratio": [r["ratio"] for r in mine],
+                "of_bare_uniform": below,
+                "kl": [r["kl"] for r in mine],
+                "ppl": [r["ppl"] for r in mine],
+            }
+        )
+    return table
+
+
+def show_refitted(rows):
+    """Print what is left of every method's gain when all survivors are refitted."""
+    print(
+        "\nSurvivors refitted, all methods alike; KL over that of refitted uniform, and over that"
+        f" of uniform as pruned\n{'method':<32} sparsity   refitted    as pruned   perplexity"
+    )
+    for r in refitted_table(rows):
+        means = [statistics.mean(r[key]) for key in ("ratio", "of_bare_uniform", "ppl")]
+        print(
+            f"{r['method']:<32} {r['sparsity']:8.2f} {means[0]:10.3f} {means[1]:12.3f}"
+            f" {means[2]:12.2f}"
+        )
+
+
 def show_speed(ours, theirs, requests):
     """Print how many times faster UniCuCo is than EvoPress at its budget, and at equal quality.
 
@@ -701,6 +813,8 @@ def arguments():
     parser.add_argument("--seeds", **number, default=1, help="how many seeds, from --seed on")
     full = "serve and measure every request, by every method"
     parser.add_argument("--full", action="store_true", help=full)
+    refit = "also refit the survivors of every method's answers, and SparseGPT's update"
+    parser.add_argument("--refit", action="store_true", help=refit)
     resume = "go on where the same comparison was stopped"
     parser.add_argument("--resume", action="store_true", help=resume)
     parser.add_argument("--test-tokens", **number, default=8192, help="tokens of each unseen text")
@@ -766,6 +880,8 @@ def main():
         rows += one_seed(args, seed, journal, device, dtype)
         write_rows(path, asked, rows)
     show_requests(rows, asked)
+    if args.refit:
+        show_refitted(rows)
     if args.tasks:
         show_tasks(rows)
         show_long(rows)

@@ -466,9 +466,12 @@ class Service:
         return Surrogate(self.curve, trained and trained.net, gp, self.measure, self.bytes)
 
     def measure(self, strategy):
-        """KL of the model that would be delivered, refitted if it would be."""
+        """KL of the model that would be delivered, refitted if it would be: as measured, or what
+        it stays below with probability --confidence.
+        """
         self.prune(strategy)
-        return self.divergence()
+        kl, confidence = self.divergence(), self.args.confidence
+        return kl if confidence is None else self.divergence.at_most(confidence)
 
     def bytes(self, strategy):
         return packed_bytes(self.pruner, self.args.model, strategy)
@@ -533,6 +536,7 @@ class Service:
         strategy = strategy_of(request, surrogate)
         masks, counted, values = self.prune(strategy)
         kl, ppl = self.divergence.measure()
+        sure = self.args.confidence
         if not math.isfinite(kl):
             raise Refused(f"{request['name']}: the pruned model computes NaN; try --dtype float32")
         row = {"request": request["name"], request["kind"]: request["text"], "sparsity": counted}
@@ -542,6 +546,8 @@ class Service:
             "bytes": None,
             "strategy": self.pruner.full(strategy).tolist(),
         }
+        if sure is not None:
+            row |= {"confidence": sure, "kl_at_most": self.divergence.at_most(sure)}
         if not self.args.dry_run:
             self.write(request, row, masks, values)
         row["seconds"] = round(time.perf_counter() - started, 3)
@@ -569,6 +575,9 @@ class Table:
             f"{row['request']:<{self.width}}  {row['sparsity']:8.4f}  {row['kl']:6.4f}"
             f"  {row['ppl']:10.3f}  {row['bytes'] or '-':>9}  {row['seconds']:7.2f}"
         )
+        if "kl_at_most" in row:
+            sure, most = row["confidence"], row["kl_at_most"]
+            self.say(f"{'':<{self.width}}  KL below {most:.4f} with probability {sure:g}")
         if with_strategy:
             means = " ".join(f"{sum(x) / len(x):.2f}" for x in row["strategy"])
             self.say(f"{'':<{self.width}}  blocks {means}")
@@ -578,6 +587,8 @@ def add_wishes(parser):
     for kind, (unit, meaning) in KINDS.items():
         flag = "--" + kind.replace("_", "-")
         parser.add_argument(flag, nargs="+", default=[], metavar=unit, help=meaning)
+    sure = "--max-kl holds on all such text with this probability, not as measured alone"
+    parser.add_argument("--confidence", type=float, metavar="P", help=sure)
     parser.add_argument(
         "--requests",
         type=Path,
@@ -636,6 +647,8 @@ def arguments():
     add_outputs(parser)
     args = parser.parse_args()
     at_least(args, 1, "tokens", "calibration")
+    if args.confidence is not None and not 0.5 <= args.confidence <= 0.999:
+        raise Refused("--confidence is a probability from 0.5 to 0.999")
     return args
 
 

@@ -19,10 +19,12 @@ import torch
 import baselines
 import compare
 import eval as evaluation
+import refit
 import unicuco
 from baselines import Target
 from compare import ENDS, HARD, METHODS, QUICK
-from conftest import CPU, ROOT, call, write_tasks
+from conftest import CPU, ROOT, call, relative, write_tasks
+from eval import Divergence
 from llama import load_llama
 from model import LINEARS
 from prune import Pruner
@@ -183,7 +185,10 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
     assert call(compare, *options(small, text, tmp_path), *words) == 0
     inputs, rows = read(tmp_path)
     table = {r["method"]: r for r in compare.requests_table(rows, inputs)}
-    assert {"uniform", "EvoPress, 8 each", *METHODS.values()} - {"EvoPress"} <= table.keys()
+    assert {"uniform", "EvoPress, 8 each", *METHODS.values()} - {
+        "EvoPress",
+        "matrix EvoPress",
+    } <= table.keys()
     for r in table.values():
         numbers = [r["evaluations"], r["seconds"], r["seconds_shared"], r["seconds_per_request"]]
         numbers += [v for key in ("ratio", "spread", "worst") for v in r[key].values()]
@@ -306,7 +311,7 @@ def test_long_texts_and_tasks_are_measured_on_the_models_that_were_searched_for(
         perplexity = evaluation.perplexity(setting.model, windows.flatten(), 128)
         assert dense["kl"] == 0 and dense["ppl"] == pytest.approx(perplexity, rel=1e-6)
         pruner = Pruner(setting.model, setting.calibration)
-        made = journal[f"{seed} UniCuCo, 40 and 4 rounds"]["strategies"]["0.6"]
+        made = journal[f"{seed} UniCuCo, 40 and 4 rounds"][0]["strategies"]["0.6"]
         pruner.apply(made["strategy"])
         row = long[seed, "UniCuCo", 0.6]
         assert (row["kl"], row["ppl"]) == divergence.measure()
@@ -500,3 +505,104 @@ def test_bad_arguments_give_one_line_and_exit_code_2(words, capsys):
     assert call(compare, *words) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1 and error.startswith("compare.py: ")
+
+
+# ------------------------------------------------------------------------------------- SparseGPT
+def sweep_by_hand(w, H, gone):
+    """SparseGPT of one row: at each column the inverse of what is left of H, no Cholesky factor."""
+    w = w.clone().double()
+    for j in range(len(w)):
+        inverse = torch.linalg.inv(H[j:, j:].double())
+        if gone[j]:
+            w[j:] -= w[j] / inverse[0, 0] * inverse[0]
+            w[j] = 0
+    return w
+
+
+def test_sparsegpts_sweep_equals_the_one_that_inverts_what_is_left_at_every_column():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 20, generator=g) @ torch.randn(20, 20, generator=g)
+    W, kept = torch.randn(3, 20, generator=g), torch.rand(3, 20, generator=g) > 0.4
+    H = x.T @ x
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(20)
+    for width in (1, 7, 128):
+        ours = baselines.sparsegpt_matrix(W, H, None, kept, width=width)
+        for row in range(3):
+            right = sweep_by_hand(W[row], damped, ~kept[row])
+            assert relative(ours[row].double(), right) < 1e-4  # float32
+        assert (ours[~kept] == 0).all()
+
+
+def test_sparsegpts_own_mask_drops_what_costs_least_and_a_dead_input_goes_first():
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 16, generator=g)
+    x[:, 5] = 0
+    W = torch.randn(8, 16, generator=g)
+    for sparsity in (0.0, 0.25, 0.5):
+        ours = baselines.sparsegpt_matrix(W, x.T @ x, sparsity)
+        assert int((ours == 0).sum()) == max(8, round(sparsity * W.numel()))
+        assert (ours[:, 5] == 0).all()
+    # inputs that are independent and of one size: the mask is magnitude's, nothing moves
+    ours = baselines.sparsegpt_matrix(W, 300 * torch.eye(16), 0.5)
+    lowest = W.abs().flatten().sort().values[63]
+    assert torch.equal(ours, torch.where(W.abs() > lowest, W, 0))
+
+
+def test_sparsegpt_is_below_wanda_and_the_refit_below_sparsegpt_on_its_own_windows(small):
+    model, _ = load_llama(small)
+    windows = torch.randint(3, 4096, (16, 64), generator=torch.Generator().manual_seed(0))
+    pruner = Pruner(model, windows)
+    pruner.restore()
+    divergence = Divergence(model, windows)
+    masks = pruner.masks([0.5] * 3)
+    pruner.apply([0.5] * 3)
+    kl = [divergence()]
+    baselines.sparsegpt(pruner, windows, 0.5, masks)
+    kl.append(divergence())
+    assert pruner.zeros() == pruner.mask_sparsity(masks)
+    refit.follow(pruner, masks, windows)
+    kl.append(divergence())
+    assert kl[2] < kl[1] < kl[0]
+
+
+def test_over_matrices_equal_sizes_alone_switch_levels_and_evopress_finds_the_toys_best():
+    sizes = torch.tensor([4.0, 1.0, 1.0, 4.0, 6.0, 6.0, 6.0])
+    groups = baselines.groups_of(sizes, 3)
+    assert sorted(map(len, groups)) == [6, 6, 9]
+    assert torch.cat(groups).sort().values.tolist() == list(range(21))
+    g = torch.Generator().manual_seed(0)
+    parent = torch.full((21,), 0.5, dtype=torch.float64)
+    for _ in range(200):
+        child = baselines.child_of(parent, 0.05, g, groups)
+        moved = child - parent
+        for group in groups:
+            assert float(moved[group].sum()) == pytest.approx(0, abs=1e-12)  # float64
+        assert 2 <= int((moved.abs() > 1e-9).sum()) <= 6
+    # f2 = sum_i w_i x_i^2 at mean 0.5: the best is x_i = min(0.9, c / w_i)
+    w = torch.linspace(0.8, 2, 21, dtype=torch.float64)
+    c = 10.5 / float((1 / w).sum())
+    best = float((w * (c / w) ** 2).sum())
+    assert float((c / w).max()) <= 0.9
+    f2 = lambda x: float((w * x**2).sum())
+    f2_quick = type("Quick", (), {"share": 4, "__call__": lambda self, x: f2(x)})()
+    target = Target(0.5, 21, lambda x: float(torch.as_tensor(x).mean()))
+    found = baselines.evopress(f2, f2_quick, target, 3000, groups=[torch.arange(21)])
+    strategy, _ = found[3000]
+    assert f2(strategy) < best + 0.05 * (f2(parent) - best)
+
+
+@pytest.mark.slow
+def test_every_method_is_refitted_and_sparsegpt_stands_beside_them(small, text, tmp_path, short):
+    words = (*options(small, text, tmp_path), "--requests", 16, "--refit")
+    assert call(compare, *words, "--methods", "unicuco", "evopress", "matrices") == 0
+    _, rows = read(tmp_path)
+    mine = [r for r in rows if r["table"] == "refitted"]
+    budgeted = {"EvoPress, 8 each", "matrix EvoPress, 8 each"}
+    assert {r["method"] for r in mine} == {"uniform", "UniCuCo", *budgeted, *compare.SPARSEGPT}
+    plain = {(r["method"], r["sparsity"], r["text"]): r for r in rows if r["table"] == "requests"}
+    for r in mine:
+        if (r["method"], r["sparsity"], r["text"]) in plain:
+            before = plain[r["method"], r["sparsity"], r["text"]]
+            assert abs(r["counted"] - before["counted"]) < 0.01 and r["kl"] != before["kl"]
+    table = compare.refitted_table(rows)
+    assert len(table) == 3 * 6 and all(x == 1 for x in table[0]["ratio"])

@@ -485,3 +485,36 @@ def test_rows_too_deep_to_read_are_one_line(tmp_path):
     write_tasks(tmp_path)
     (tmp_path / evaluation.TASKS["piqa"]).write_text("[" * 10**5)
     refuses(evaluation.read_rows, tmp_path, "piqa", match="cannot be read")
+
+
+@pytest.mark.parametrize("p", [0.9, 0.95, 0.99])
+@pytest.mark.parametrize("freedom", [3, 7, 31])
+def test_the_quantile_of_students_t_equals_scipys(p, freedom):
+    right = scipy.stats.t.ppf(p, freedom)
+    assert evaluation.t_quantile(p, freedom) == pytest.approx(right, rel=0.01)
+
+
+def test_what_kl_stays_below_is_the_t_interval_of_its_windows_and_covers_as_often_as_it_says(small):
+    model, _ = load_llama(small)
+    windows = torch.randint(3, 4096, (6, 64), generator=torch.Generator().manual_seed(0))
+    divergence = evaluation.Divergence(model, windows)
+    Pruner(model, windows).apply([0.5] * 3)
+    kl = divergence()
+    each = [evaluation_of_window(model, small, w) for w in windows]
+    assert divergence.of_windows.tolist() == pytest.approx(each, rel=1e-5)  # float32
+    low, high = scipy.stats.t.interval(0.9, 5, np.mean(each), scipy.stats.sem(each))
+    assert divergence.at_most(0.95) == pytest.approx(high, rel=1e-3) and kl < high
+    drawn = np.random.default_rng(0).gamma(4.0, 0.1, (2000, 6))  # windows of mean 0.4
+    covered = 0
+    for sample in drawn:
+        divergence.of_windows = torch.tensor(sample)
+        covered += divergence.at_most(0.95) >= 0.4
+    assert 0.90 < covered / 2000 < 0.97
+
+
+def evaluation_of_window(pruned, folder, window):
+    """KL(dense || pruned) of one window, by torch.distributions."""
+    dense, _ = load_llama(folder)
+    with torch.no_grad():
+        p, q = (torch.distributions.Categorical(logits=m(window[None])[0]) for m in (dense, pruned))
+    return float(torch.distributions.kl_divergence(p, q).mean())

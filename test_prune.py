@@ -771,3 +771,22 @@ def test_a_reader_who_has_gone_ends_no_serving(small, text, tmp_path):
     assert process.stderr.read() == b"" and process.wait() == 0
     assert (tmp_path / "0.3" / "strategy.json").exists()
     assert (tmp_path / "0.5" / "strategy.json").exists()
+
+
+def test_a_confidence_asks_for_less_kl_than_the_budget_and_says_what_it_stays_below(
+    small, text, tmp_path, capsys
+):
+    kls = {}
+    for name, words in {"plain": (), "sure": ("--confidence", 0.95)}.items():
+        asked = (*options(small, text), "--tokens", 256, "--uniform", "--max-kl", 0.3, *words)
+        assert call(prune, *asked, "--out", tmp_path / name) == 0
+        kls[name] = json.loads((tmp_path / name / "strategy.json").read_text())
+    assert kls["sure"]["kl"] < kls["sure"]["kl_at_most"] <= 0.3
+    assert kls["sure"]["counted"] < kls["plain"]["counted"] and "kl_at_most" not in kls["plain"]
+    assert "with probability 0.95" in capsys.readouterr().out
+    for wrong in (0.2, 1, "nan"):
+        assert call(prune, *asked[:-1], wrong, "--out", tmp_path / "no") == 2
+    capsys.readouterr()
+    two = (*options(small, text), "--tokens", 128, "--uniform", "--max-kl", 0.3, *words)
+    assert call(prune, *two, "--out", tmp_path / "no") == 2
+    assert "three windows" in capsys.readouterr().err
