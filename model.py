@@ -88,7 +88,8 @@ class Config:
         not compute.
         """
         raw = read_json(path)
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        # a file with both has what its maker added, rope_scaling, beside what was there
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise Refused(f"{path}: rope_parameters = {rope!r:.60} is not an object")
         check_settings(path, raw, rope)
@@ -121,7 +122,9 @@ def check_settings(path, raw, rope):
         "model_type": raw.get("model_type"),
         "rotary scaling": rope_kind(rope),
         "hidden_act": raw.get("hidden_act", "silu"),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1),
+        "partial_rotary_factor": rope.get(
+            "partial_rotary_factor", raw.get("partial_rotary_factor", 1)
+        ),
         "quantization_config": raw.get("quantization_config"),
     }
     for name, value in found.items():
@@ -155,8 +158,8 @@ def read_positions(fields):
     raw = fields.raw
     positions = fields.number("max_position_embeddings", 2048)
     slides = raw.get("use_sliding_window", raw["model_type"] == "mistral")
-    if raw.get("sliding_window") and slides:
-        positions = min(positions, fields.number("sliding_window"))
+    if slides and raw.get("sliding_window", 4096):  # the families' default
+        positions = min(positions, fields.number("sliding_window", 4096))
     return positions
 
 
