@@ -146,6 +146,34 @@ def test_shards_load_like_one_file_and_each_flaw_is_refused_by_name(small, tmp_p
             load_llama(folder)
 
 
+def test_an_index_that_is_stale_or_lists_what_no_shard_needs_does_not_matter(place, good):
+    weights = load_file(place("plain") / "model.safetensors")
+    index = json.loads(good["sharded"]["model.safetensors.index.json"])
+    kind = "model.safetensors.index.json"
+    stale = {"weight_map": {n: "model-00001-of-00009.safetensors" for n in weights}}
+    assert load_llama(place("plain", **{kind: stale}))
+    file = index["weight_map"][NORM]
+    more = {"weight_map": index["weight_map"] | {INV: file, "lm_head.weight": file}}
+    assert load_llama(place("sharded", **{kind: more}))
+    untied = fuzz.FIELDS | {"tie_word_embeddings": False}
+    folder = place("sharded", config_json=untied, **{kind: more})
+    refuses(load_llama, folder, match="lm_head.weight is missing")
+
+
+def test_padding_beyond_the_vocabulary_and_a_broken_tokenizer_model_beside_a_good_one_are_no_matter(
+    place, good
+):
+    pytest.importorskip("tokenizers")
+    raw = json.loads(good["fast"]["tokenizer.json"])
+    size = len(raw["model"]["vocab"])
+    pad = raw["added_tokens"][0] | {"content": "[PAD]", "id": size}
+    folder = place("fast", tokenizer_json=raw | {"added_tokens": [*raw["added_tokens"], pad]})
+    (folder / "tokenizer.model").write_bytes(b"no tokenizer")
+    tokenizer = llama.Tokenizer(folder, size)
+    assert tokenizer.encode("return x") == load_llama(place("fast"))[1].encode("return x")
+    refuses(tokenizer.encode, "return [PAD]", match=f"token {size}, its model has {size} tokens")
+
+
 def test_generation_with_a_cache_follows_the_logits_without_one(small):
     model, _ = load_llama(small)
     ids = [5, 6, 7]
