@@ -31,7 +31,16 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 from llama import load_llama
-from script import Parser, Refused, add_model, at_least, choose_device, first_line, run
+from script import (
+    Parser,
+    Refused,
+    add_model,
+    at_least,
+    choose_device,
+    first_line,
+    refuse_pointer,
+    run,
+)
 
 BATCH = 2048  # tokens that go through the blocks at once
 CHUNK = 2**20  # logits that exist at once: 4 MB in float32, which stay in the processor's cache
@@ -83,6 +92,7 @@ def json_rows(raw):
 def read_raw(path):
     """The text of a file, unpacked if it is gzip, without a byte order mark."""
     try:
+        refuse_pointer(path)
         raw = path.read_bytes()
         if path.suffix.lower() == ".gz":
             raw = gzip.decompress(raw)

@@ -12,6 +12,7 @@ Full      python llama.py --model ~/Llama-2-7b-hf --prompt "..." --temperature 0
 """
 
 import itertools
+import json
 import math
 import re
 import shutil
@@ -26,9 +27,25 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import Config, Llama, generate
-from script import Parser, Refused, add_model, choose_device, first_line, read_json, run
+from script import (
+    Parser,
+    Refused,
+    add_model,
+    choose_device,
+    first_line,
+    read_json,
+    refuse_pointer,
+    run,
+)
 
 FLOATS = ("F16", "BF16", "F32")  # the dtypes of weights that are read, as safetensors names them
+SAVE_AGAIN = (
+    "write it again, by AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+    " of transformers"
+)
+# weights in other forms -> what to do
+UNREAD = dict.fromkeys((".bin", ".pt", ".pth"), f"pickled weights are not read; {SAVE_AGAIN}")
+UNREAD[".gguf"] = "get the model's folder in Hugging Face's layout, not its conversion"
 NO_FAST_FILE = (
     "write a tokenizer.json, by AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
     " of transformers"
@@ -40,13 +57,15 @@ def pack(W, kept):
     """One bit for each weight, and the survivors: W (d_out, d_in) where `kept` holds -> (mask,
     values).
 
-    The packed layout, version 1: model.safetensors has the metadata `unicuco_packed: 1`. A pruned
-    matrix NAME is stored as
+    The packed layout, version 1: packed.safetensors has the metadata `unicuco_packed: 1`. The name,
+    packed-....safetensors and packed.safetensors.index.json for shards, keeps other tools from
+    taking the folder for a plain one with half of its weights missing. A pruned matrix NAME is
+    stored as
     NAME.mask   uint8 (d_out, ceil(d_in / 8)), bit j % 8 of byte j // 8 set where column j
                 survives, unused bits 0
     NAME.kept   the survivors row by row, in the source's dtype
-    Everything else is stored as in the source: shards keep their names, an index keeps naming
-    NAME. At sparsity s in float16 a matrix takes 1/16 + (1 - s) of its dense bytes.
+    Everything else is stored as in the source, and an index keeps naming NAME. At sparsity s in
+    float16 a matrix takes 1/16 + (1 - s) of its dense bytes.
     """
     bits = F.pad(kept, (0, -kept.shape[1] % 8)).view(len(kept), -1, 8)
     powers = 1 << torch.arange(8, device=kept.device)
@@ -239,6 +258,7 @@ def weight_files(folder):
         # opening a pipe would wait for ever
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise Refused(f"{path} is neither a file nor a folder")
+        refuse_pointer(path)
     listed = weights_of(folder)
     promised = None if listed.suffix == ".safetensors" else read_index(listed)
     paths = [listed] if promised is None else sorted({folder / name for name in promised.values()})
@@ -259,10 +279,20 @@ def weights_of(folder):
     """The weight file of a folder or, where it has shards, their index. A whole file goes before an
     index, which can be left from before a merge, as in transformers.
     """
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        if (folder / name).exists():
-            return folder / name
+    for stem, kind in itertools.product(("model", "packed"), ("", ".index.json")):
+        path = folder / f"{stem}.safetensors{kind}"
+        if path.exists():
+            return path
+    for path in sorted(folder.glob("*")):
+        if path.suffix in UNREAD:
+            raise Refused(f"{folder} holds {path.name} and no safetensors: {UNREAD[path.suffix]}")
     raise Refused(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+
+
+def weight_name(name, packed):
+    """The name of a weight file or its index in a plain or a packed folder, from that in either."""
+    rest = name.removeprefix("model").removeprefix("packed")
+    return ("packed" if packed else "model") + (rest if rest != name else "-" + name)
 
 
 def read_header(path):
@@ -447,14 +477,27 @@ def save_llama(model, folder, source, masks=None, packed=False, values=None):
     metadata = {"format": "pt", "unicuco_packed": "1"} if packed else {"format": "pt"}
     for path, names in weight_files(source).items():
         tensors = pruned_tensors(path, names, live, masks, values or {}, packed)
-        save_file(tensors, folder / path.name, metadata)
-        (folder / path.name).chmod(0o644)
+        file = folder / weight_name(path.name, packed)
+        save_file(tensors, file, metadata)
+        file.chmod(0o644)
+    copy_index(weights_of(source), folder, packed)
     for path in source.iterdir():
-        known = (
-            path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "strategy.json"
-        )
-        if known and path.is_file():
+        known = path.suffix in (".json", ".model", ".txt", ".jinja")
+        ours = path.name == "strategy.json" or path.name.endswith(".safetensors.index.json")
+        if known and not ours and path.is_file():
             shutil.copyfile(path, folder / path.name)
+
+
+def copy_index(listed, folder, packed):
+    """Where the source's weights are listed by an index, write it to `folder` with the files' new
+    names.
+    """
+    if listed.suffix == ".safetensors":
+        return
+    index = read_json(listed)
+    files = {tensor: weight_name(name, packed) for tensor, name in index["weight_map"].items()}
+    text = json.dumps(index | {"weight_map": files}, indent=2)
+    (folder / weight_name(listed.name, packed)).write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------- command line

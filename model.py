@@ -36,7 +36,6 @@ COMPUTED = {
     "rotary scaling": ("default", "linear", "llama3"),
     "hidden_act": ("silu",),
     "partial_rotary_factor": (1,),
-    "quantization_config": (None,),
 }
 
 
@@ -125,12 +124,31 @@ def check_settings(path, raw, rope):
         "partial_rotary_factor": rope.get(
             "partial_rotary_factor", raw.get("partial_rotary_factor", 1)
         ),
-        "quantization_config": raw.get("quantization_config"),
     }
     for name, value in found.items():
         if value not in COMPUTED[name]:
             only = ", ".join(map(str, COMPUTED[name]))
             raise Refused(f"{path}: {name} = {value!r:.60} is not supported, only {only}")
+    method = quantised(raw.get("quantization_config"))
+    if method:
+        raise Refused(
+            f"{path}: the weights are quantised or compressed ({method!s:.60}): dequantise first,"
+            " by model.dequantize() and save_pretrained(NEW) of transformers"
+        )
+
+
+def quantised(settings):
+    """What was done to the weights by quantization_config, None if nothing: llm-compressor writes
+    one beside dense weights too, after SparseGPT, with a sparsity_config.
+    """
+    if not settings:
+        return None
+    settings = settings if isinstance(settings, dict) else {}
+    sparse = settings.get("sparsity_config")
+    if isinstance(sparse, dict) and not settings.get("config_groups"):
+        form = sparse.get("format", "dense")
+        return None if form == "dense" else form
+    return settings.get("quant_method", "by an unknown method")
 
 
 def read_heads(fields):

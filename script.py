@@ -184,6 +184,13 @@ def read_json(path):
     return value
 
 
+def refuse_pointer(path):
+    """Refuse a file that a clone without git-lfs left in the place of the real one."""
+    if path.is_file() and path.stat().st_size < 1024:
+        if path.read_bytes().startswith(b"version https://git-lfs"):
+            raise Refused(f"{path} is a git-lfs pointer, not the file: run git lfs pull there")
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yields a hidden neighbour of `path` to write to, renamed at the end: a reader sees the old

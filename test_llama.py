@@ -160,6 +160,64 @@ def test_an_index_that_is_stale_or_lists_what_no_shard_needs_does_not_matter(pla
     refuses(load_llama, folder, match="lm_head.weight is missing")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
+
+
+def test_weights_in_other_forms_are_refused_with_what_to_do_about_them(place, tmp_path):
+    for name, match in (
+        ("pytorch_model.bin", "holds pytorch_model.bin and no safetensors: .*save_pretrained"),
+        ("model.Q4.gguf", "holds model.Q4.gguf and no safetensors"),
+    ):
+        folder = place("plain", model_safetensors=None, **{name: b"PK"})
+        refuses(load_llama, folder, match=match)
+    for name in ("model.safetensors", "tokenizer.model", "tokenizer.json", "config.json"):
+        refuses(load_llama, place("plain", **{name: POINTER}), match=name + ".*git lfs pull")
+    (tmp_path / "text.jsonl").write_bytes(POINTER)
+    refuses(read_documents, tmp_path / "text.jsonl", match="git lfs pull")
+
+
+def test_quantised_weights_are_refused_by_their_method_and_dense_ones_of_sparsegpt_are_read(place):
+    sparse = {"format": "dense", "global_sparsity": 0.5, "sparsity_structure": "2:4"}
+    compressed = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    for settings, method in (
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"bits": 4}, "by an unknown method"),
+        (5, "by an unknown method"),
+        (compressed, "compressed-tensors"),
+        (
+            compressed | {"sparsity_config": sparse, "config_groups": {"a": {}}},
+            "compressed-tensors",
+        ),
+        (compressed | {"sparsity_config": sparse | {"format": "sparse-24-bitmask"}}, "sparse-24"),
+    ):
+        fields = fuzz.FIELDS | {"quantization_config": settings}
+        refuses(load_llama, place("plain", config_json=fields), match=method + ".*: dequantise")
+    settings = compressed | {"sparsity_config": sparse}
+    folder = place("plain", config_json=fuzz.FIELDS | {"quantization_config": settings})
+    assert load_llama(folder)
+
+
+def test_a_packed_folder_in_shards_or_not_is_an_error_for_transformers_and_unpacks_to_the_same_names(
+    place, tmp_path
+):
+    transformers = pytest.importorskip("transformers")
+    for kind in ("plain", "sharded"):
+        source, folder = place(kind), tmp_path / kind
+        model, names = load_llama(source)[0], {p.name for p in source.iterdir()}
+        masks = fuzz.random_masks(model)
+        save_llama(model, folder / "packed", source, masks, packed=True)
+        with pytest.raises(OSError, match="no file named model.safetensors"):
+            transformers.AutoModelForCausalLM.from_pretrained(folder / "packed")
+        packed = load_llama(folder / "packed")[0]
+        save_llama(packed, folder / "plain", folder / "packed", {})
+        assert {p.name for p in (folder / "plain").iterdir()} == names
+        plain = load_llama(folder / "plain")[0].state_dict()
+        assert all(torch.equal(plain[n], W) for n, W in packed.state_dict().items())
+        for name, kept in masks.items():
+            assert torch.equal(plain[name], model.state_dict()[name] * kept)
+
+
 def test_padding_beyond_the_vocabulary_and_a_broken_tokenizer_model_beside_a_good_one_are_no_matter(
     place, good
 ):
@@ -281,7 +339,7 @@ def test_a_packed_file_of_another_version_or_with_half_of_a_matrix_is_refused(tm
     model, _ = load_llama(ROOT / "tiny")
     masks = Pruner(model, torch.randint(3, 4096, (2, 64))).masks([0.5] * 12)
     save_llama(model, tmp_path / "packed", ROOT / "tiny", masks, packed=True)
-    file = tmp_path / "packed" / "model.safetensors"
+    file = tmp_path / "packed" / "packed.safetensors"
     tensors, name = (
         {k: v.clone() for k, v in load_file(file).items()},
         "model.layers.3.mlp.up_proj.weight",
@@ -304,7 +362,7 @@ def test_a_packed_matrix_at_one_half_is_within_2_percent_of_the_floor(tmp_path):
         model, torch.randint(3, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
     )
     save_llama(model, tmp_path / "packed", ROOT / "tiny", pruner.masks([0.5] * 12), packed=True)
-    with safe_open(tmp_path / "packed" / "model.safetensors", framework="pt") as f:
+    with safe_open(tmp_path / "packed" / "packed.safetensors", framework="pt") as f:
         stored = sum(f.get_tensor(n).nbytes for n in f.keys() if n.endswith((".mask", ".kept")))
     floor = sum(m.numel() * 2 for m in pruner.masks([0.5] * 12).values()) * (1 / 16 + 1 / 2)
     assert floor <= stored <= 1.02 * floor

@@ -337,7 +337,7 @@ def test_packed_then_unpacked_is_what_plain_pruning_writes_offloaded_or_not(
             torch.equal(plain[n].view(torch.int32), other[n].view(torch.int32)) for n in plain
         )
     saved = (tmp_path / "plain" / "model.safetensors").stat().st_size - (
-        tmp_path / "packed" / "model.safetensors"
+        tmp_path / "packed" / "packed.safetensors"
     ).stat().st_size
     assert (
         0.97
