@@ -152,10 +152,11 @@ def load_texts(tokenizer, data, tests, seqlen):
 
     data      file for calibration and search, None = the embedded default; without `tests`, its
               last fifth is kept for testing, by document where it has five or more
+    tests     files, none of which may be `data` or hold a window of it: Refused
     """
     documents = stdlib_files(False) if data is None else read_documents(data)
     if tests:
-        held_out = {Path(t).name: read_documents(t) for t in tests}
+        held_out = {name: read_documents(t) for name, t in named_tests(data, tests).items()}
     elif data is None:
         held_out = {"stdlib held-out files": stdlib_files(True)}
     elif len(documents) >= 5:
@@ -164,7 +165,40 @@ def load_texts(tokenizer, data, tests, seqlen):
         windows = cut(tokenise(tokenizer, documents), seqlen)
         return split_documents(windows, Path(data).name)
     held_out = {name: cut(tokenise(tokenizer, d), seqlen) for name, d in held_out.items()}
-    return cut(tokenise(tokenizer, documents), seqlen), held_out
+    tokens = tokenise(tokenizer, documents)
+    chosen_on = cut(tokens, seqlen)
+    for name, windows in held_out.items() if tests else ():
+        if shared := count_shared(windows, tokens):
+            raise Refused(
+                f"{shared} of {len(windows)} windows of --test {name} are in --data too: what is"
+                " tested on must be unseen"
+            )
+    return chosen_on, held_out
+
+
+def named_tests(data, tests):
+    """{name: path} of texts to test on, whole paths where two have one name; Refused for one that
+    is there twice or is `data`.
+    """
+    paths = [Path(t).resolve() for t in ([] if data is None else [data]) + list(tests)]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise Refused(f"{path} is given twice: each --test is another text than --data")
+    names = [Path(t).name for t in tests]
+    return {str(t) if names.count(name) > 1 else name: t for name, t in zip(names, tests)}
+
+
+def count_shared(windows, tokens):
+    """How many of the windows (n, T) stand in tokens (N,), at any place: those whose first tokens
+    have the same weighted sum are compared whole.
+    """
+    windows, tokens = windows.numpy(), tokens.numpy()
+    width = windows.shape[1]
+    weights = np.random.default_rng(0).integers(2**62, size=min(width, 16))
+    sums = np.lib.stride_tricks.sliding_window_view(tokens, len(weights)) @ weights
+    likely = np.flatnonzero(np.isin(sums, windows[:, : len(weights)] @ weights))
+    places = (tokens[i : i + width].tobytes() for i in likely)
+    return len({window.tobytes() for window in windows}.intersection(places))
 
 
 def draw(windows, counts, seed):

@@ -536,7 +536,8 @@ class Table:
 def add_wishes(parser):
     for kind, (unit, meaning) in KINDS.items():
         flag = "--" + kind.replace("_", "-")
-        parser.add_argument(flag, nargs="+", default=[], metavar=unit, help=meaning)
+        several = {"nargs": "+", "action": "extend", "default": []}
+        parser.add_argument(flag, **several, metavar=unit, help=meaning)
     parser.add_argument(
         "--requests",
         type=Path,
@@ -595,6 +596,8 @@ def arguments():
     add_outputs(parser)
     args = parser.parse_args()
     at_least(args, 1, "tokens", "calibration")
+    if args.test and len(args.test) > 1:
+        raise Refused("prune.py measures on one --test; eval.py measures what it wrote on others")
     return args
 
 

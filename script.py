@@ -113,6 +113,7 @@ def add_texts(parser, tokens_help="tokens of one measurement of f2", windows=32)
         "--test",
         type=Path,
         nargs="+",
+        action="extend",
         metavar="FILE",
         help="texts to measure on (default: held-out part of --data)",
     )

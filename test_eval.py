@@ -459,3 +459,29 @@ def test_a_label_may_be_a_string_and_a_row_without_its_right_answer_is_refused()
     swag = {"activity_label": "A", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": "1"}
     assert evaluation.all_prompts("hellaswag", [swag])[0][3] == 1
     refuses(evaluation.all_prompts, "hellaswag", [swag | {"label": ""}])
+
+
+def test_texts_of_one_name_are_told_apart_and_no_text_is_tested_on_that_was_chosen_on(tmp_path):
+    tokenizer = llama.Tokenizer(ROOT / "tiny", 4096)
+    numbers = [" ".join(map(str, range(k, k + 2000))) for k in (0, 10000, 20000)]
+    paths = [tmp_path / name / "test.txt" for name in "abc"]
+    for path, text in zip(paths, numbers):
+        path.parent.mkdir()
+        path.write_text(text)
+    _, held_out = evaluation.load_texts(tokenizer, paths[0], paths[1:], 16)
+    assert list(held_out) == [str(path) for path in paths[1:]]
+    assert not torch.equal(*(windows[:9] for windows in held_out.values()))
+    same = tmp_path / "a" / ".." / "a" / "test.txt"
+    for data, tests in ((paths[0], [same]), (None, [paths[0], same])):
+        refuses(evaluation.load_texts, tokenizer, data, tests, 16, match="is given twice")
+    paths[2].write_text("x" + numbers[1] + " and more")  # other windows of the same text
+    refuses(evaluation.load_texts, tokenizer, paths[1], paths[2:], 16, match="in --data too")
+
+
+def test_shared_windows_are_counted_wherever_they_stand():
+    tokens = torch.arange(1000) % 97
+    windows = torch.stack([tokens[5:69], tokens[90:154], torch.arange(64), torch.zeros(64).long()])
+    assert evaluation.count_shared(windows, tokens) == 3
+    windows[:3, -1] += 1
+    assert evaluation.count_shared(windows, tokens) == 0
+    assert evaluation.count_shared(torch.arange(8)[None], tokens) == 1

@@ -532,3 +532,17 @@ def test_force_replaces_only_what_prune_wrote_and_never_the_source_its_parents_o
 def contents(folder):
     """{path: bytes} of every file below a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_wish_may_come_in_several_flags_and_a_second_test_text_is_refused(
+    small, text, tmp_path, capsys
+):
+    half = (*options(small, text), "--uniform", "--dry-run", "--sparsity", 0.5)
+    assert call(prune, *half, "--sparsity", 0.6, 0.7) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(0\.\d+) ", printed, re.M) == ["0.5", "0.6", "0.7"]
+    for name in "ab":
+        (tmp_path / name).write_text("x = 1\n" * 1000)
+    tests = ("--test", tmp_path / "a", "--test", tmp_path / "b")
+    assert call(prune, *half, *tests) == 2
+    assert "measures on one --test" in capsys.readouterr().err
