@@ -15,6 +15,7 @@ Full      python eval.py --model DIR --data wiki.test.raw --seqlen 2048 --tasks 
 
 import gzip
 import hashlib
+import importlib
 import json
 import lzma
 import math
@@ -89,39 +90,93 @@ def json_rows(raw):
     return rows if all(isinstance(row, dict) for row in rows) else None
 
 
-def read_raw(path):
-    """The text of a file, unpacked if it is gzip, without a byte order mark."""
+def package(name, path):
+    """An optional package that the file `path` needs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        missing = name.split(".")[0]
+        raise Refused(f"{path} needs one more package: pip install {missing}") from None
+
+
+def read_bytes(path):
+    """The bytes of a file, unpacked if it is gzip or zstandard."""
     try:
         refuse_pointer(path)
         raw = path.read_bytes()
         if path.suffix.lower() == ".gz":
-            raw = gzip.decompress(raw)
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refused(f"text {path} is not UTF-8: {first_line(error)}") from None
+            return gzip.decompress(raw)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise Refused(f"text {path} is broken gzip: {first_line(error)}") from None
     except OSError as error:
         raise Refused(f"text {path} cannot be read: {error.strerror or error}") from None
+    if path.suffix.lower() != ".zst":
+        return raw
+    zstandard = package("zstandard", path)
+    try:
+        unpacker = zstandard.ZstdDecompressor()
+        return unpacker.stream_reader(raw, read_across_frames=True).read()
+    except zstandard.ZstdError as error:
+        raise Refused(f"text {path} is broken zstandard: {first_line(error)}") from None
+
+
+def read_raw(path):
+    """The text of a file, unpacked, without a byte order mark."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"text {path} is not UTF-8: {first_line(error)}") from None
+
+
+def read_parquet(path, columns=None):
+    """The table of a parquet file; only `columns`, all of which it must have, if they are named."""
+    parquet = package("pyarrow.parquet", path)
+    try:
+        refuse_pointer(path)
+        table = parquet.ParquetFile(path).read(columns)
+    except Refused:
+        raise
+    except Exception as error:  # pyarrow raises what it likes on a broken file
+        raise Refused(f"{path} is no readable parquet: {first_line(error)}") from None
+    if columns and table.column_names != columns:
+        raise Refused(f"{path} has no column {columns[0]}")
+    return table
+
+
+def parquet_documents(path):
+    """The documents of a parquet file. WikiText has a line in each row: it is one text, the string
+    that `wikitext` makes of the .raw file.
+    """
+    rows = read_parquet(path, ["text"])["text"].to_pylist()
+    if not all(isinstance(row, str) for row in rows):
+        raise Refused(f"text {path} does not have a text in each row")
+    if all(row == "" or row.find("\n") == len(row) - 1 for row in rows):
+        return ["\n\n".join(rows)]
+    return [row + "\n\n" for row in rows]
 
 
 def read_documents(path):
-    """The documents of a text file. JSON lines or a JSON list, recognised by content, give each
-    row's "text" and a blank line (C4), .raw the WikiText string, anything else is one text.
-    """
+    """The documents of a text file; Refused where there is no text in it."""
     path = Path(path)
+    parquet = path.suffix.lower() == ".parquet"
+    documents = parquet_documents(path) if parquet else text_documents(path)
+    if not any(d.strip() for d in documents):
+        raise Refused(f"text {path} is empty")
+    return documents
+
+
+def text_documents(path):
+    """JSON lines or a JSON list, recognised by content, give each row's "text" and a blank line
+    (C4), .raw the WikiText string, anything else is one text.
+    """
     raw = read_raw(path)
     names = [suffix.lower() for suffix in path.suffixes]
     rows = json_rows(raw)
     if rows is not None and all(isinstance(row.get("text"), str) for row in rows):
-        documents = [row["text"] + "\n\n" for row in rows]
-    elif {".json", ".jsonl", ".ndjson"} & set(names):
+        return [row["text"] + "\n\n" for row in rows]
+    if {".json", ".jsonl", ".ndjson"} & set(names):
         raise Refused(f"text {path} does not have a JSON object with a text in each row")
-    else:
-        documents = [wikitext(raw) if ".raw" in names else raw]
-    if not any(d.strip() for d in documents):
-        raise Refused(f"text {path} is empty")
-    return documents
+    return [wikitext(raw) if ".raw" in names else raw]
 
 
 def tokenise(tokenizer, documents):
@@ -491,13 +546,25 @@ def standard_error(right):
     return float(np.std(right, ddof=1) / math.sqrt(n)) if n > 1 else float("nan")
 
 
+def task_file(folder, task):
+    """The file of a task in `folder`: as TASKS names it, packed, or as parquet."""
+    plain = Path(folder) / TASKS[task]
+    for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"):
+        if plain.with_suffix(suffix).exists():
+            return plain.with_suffix(suffix)
+    raise Refused(f"task file {plain} is not there, nor as .gz, .zst or .parquet")
+
+
 def read_rows(folder, task, limit=None):
-    """The first `limit` rows, dicts, of a task's jsonl file in `folder`."""
-    path = Path(folder) / TASKS[task]
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise Refused(f"task file {path} cannot be read: {first_line(error)}") from None
+    """The first `limit` rows, dicts, of a task's file in `folder`."""
+    path = task_file(folder, task)
+    if path.suffix == ".parquet":
+        rows = read_parquet(path).slice(0, limit).to_pylist()
+    else:
+        raw = read_raw(path)
+        rows = json_rows(raw) if raw.strip() else []
+    if rows is None:
+        raise Refused(f"task file {path} cannot be read: not a JSON object in each row")
     if not rows:
         raise Refused(f"task file {path} is empty")
     return rows[:limit]
@@ -577,7 +644,7 @@ def show_speed_up(model, windows, device):
 # ------------------------------------------------------------------------------------- command line
 def add_options(parser):
     tasks = "zero-shot: folder with " + ", ".join(TASKS.values())
-    text = "text, .raw (WikiText) or .jsonl (default: held-out stdlib files)"
+    text = "text, .raw (WikiText), JSON lines or parquet (default: held-out stdlib files)"
     dense = "also KL(dense || model), and paired task differences, from this model"
     kernels = "2:4 blocks on torch's semi-structured kernels (CUDA), with the speed-up"
     number, flag = {"type": int, "metavar": "N"}, {"action": "store_true"}
