@@ -15,6 +15,7 @@ Full      python eval.py --model DIR --data wiki.test.raw --seqlen 2048 --tasks 
 
 import gzip
 import hashlib
+import importlib
 import json
 import lzma
 import math
@@ -32,7 +33,16 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 from llama import load_llama
-from script import Parser, Refused, add_model, at_least, choose_device, first_line, run
+from script import (
+    Parser,
+    Refused,
+    add_model,
+    at_least,
+    choose_device,
+    first_line,
+    refuse_pointer,
+    run,
+)
 
 BATCH = 2048  # tokens that go through the blocks at once
 CHUNK = 2**20  # logits that exist at once: 4 MB in float32, which stay in the processor's cache
@@ -81,38 +91,93 @@ def json_rows(raw):
     return rows if all(isinstance(row, dict) for row in rows) else None
 
 
-def read_raw(path):
-    """The text of a file, unpacked if it is gzip, without a byte order mark."""
+def package(name, path):
+    """An optional package that the file `path` needs."""
     try:
+        return importlib.import_module(name)
+    except ImportError:
+        missing = name.split(".")[0]
+        raise Refused(f"{path} needs one more package: pip install {missing}") from None
+
+
+def read_bytes(path):
+    """The bytes of a file, unpacked if it is gzip or zstandard."""
+    try:
+        refuse_pointer(path)
         raw = path.read_bytes()
         if path.suffix.lower() == ".gz":
-            raw = gzip.decompress(raw)
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refused(f"text {path} is not UTF-8: {first_line(error)}") from None
+            return gzip.decompress(raw)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise Refused(f"text {path} is broken gzip: {first_line(error)}") from None
     except OSError as error:
         raise Refused(f"text {path} cannot be read: {error.strerror or error}") from None
+    if path.suffix.lower() != ".zst":
+        return raw
+    zstandard = package("zstandard", path)
+    try:
+        unpacker = zstandard.ZstdDecompressor()
+        return unpacker.stream_reader(raw, read_across_frames=True).read()
+    except zstandard.ZstdError as error:
+        raise Refused(f"text {path} is broken zstandard: {first_line(error)}") from None
+
+
+def read_raw(path):
+    """The text of a file, unpacked, without a byte order mark."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"text {path} is not UTF-8: {first_line(error)}") from None
+
+
+def read_parquet(path, columns=None):
+    """The table of a parquet file; only `columns`, all of which it must have, if they are named."""
+    parquet = package("pyarrow.parquet", path)
+    try:
+        refuse_pointer(path)
+        table = parquet.ParquetFile(path).read(columns)
+    except Refused:
+        raise
+    except Exception as error:  # pyarrow raises what it likes on a broken file
+        raise Refused(f"{path} is no readable parquet: {first_line(error)}") from None
+    if columns and table.column_names != columns:
+        raise Refused(f"{path} has no column {columns[0]}")
+    return table
+
+
+def parquet_documents(path):
+    """The documents of a parquet file. WikiText has a line in each row: it is one text, the string
+    that `wikitext` makes of the .raw file.
+    """
+    rows = read_parquet(path, ["text"])["text"].to_pylist()
+    if not all(isinstance(row, str) for row in rows):
+        raise Refused(f"text {path} does not have a text in each row")
+    if all(row == "" or row.find("\n") == len(row) - 1 for row in rows):
+        return ["\n\n".join(rows)]
+    return [row + "\n\n" for row in rows]
 
 
 def read_documents(path):
-    """The documents of a text file. JSON lines or a JSON list, recognised by content, give each
-    row's "text" and a blank line (C4), .raw the WikiText string, anything else is one text.
-    """
+    """The documents of a text file; Refused where there is no text in it."""
     path = Path(path)
+    parquet = path.suffix.lower() == ".parquet"
+    documents = parquet_documents(path) if parquet else text_documents(path)
+    if not any(d.strip() for d in documents):
+        raise Refused(f"text {path} is empty")
+    return documents
+
+
+def text_documents(path):
+    """JSON lines or a JSON list, recognised by content, give each row's "text" and a blank line
+    (C4), .raw the WikiText string, anything else is one text.
+    """
     raw = read_raw(path)
     names = [suffix.lower() for suffix in path.suffixes]
     rows = json_rows(raw)
     if rows is not None and all(isinstance(row.get("text"), str) for row in rows):
-        documents = [row["text"] + "\n\n" for row in rows]
-    elif {".json", ".jsonl", ".ndjson"} & set(names):
+        return [row["text"] + "\n\n" for row in rows]
+    if {".json", ".jsonl", ".ndjson"} & set(names):
         raise Refused(f"text {path} does not have a JSON object with a text in each row")
-    else:
-        documents = [wikitext(raw) if ".raw" in names else raw]
-    if not any(d.strip() for d in documents):
-        raise Refused(f"text {path} is empty")
-    return documents
+    return [wikitext(raw) if ".raw" in names else raw]
 
 
 def tokenise(tokenizer, documents):
@@ -143,10 +208,11 @@ def load_texts(tokenizer, data, tests, seqlen):
 
     data      file for calibration and search, None = the embedded default; without `tests`, its
               last fifth is kept for testing, by document where it has five or more
+    tests     files, none of which may be `data` or hold a window of it: Refused
     """
     documents = stdlib_files(False) if data is None else read_documents(data)
     if tests:
-        held_out = {Path(t).name: read_documents(t) for t in tests}
+        held_out = {name: read_documents(t) for name, t in named_tests(data, tests).items()}
     elif data is None:
         held_out = {"stdlib held-out files": stdlib_files(True)}
     elif len(documents) >= 5:
@@ -155,7 +221,40 @@ def load_texts(tokenizer, data, tests, seqlen):
         windows = cut(tokenise(tokenizer, documents), seqlen)
         return split_documents(windows, Path(data).name)
     held_out = {name: cut(tokenise(tokenizer, d), seqlen) for name, d in held_out.items()}
-    return cut(tokenise(tokenizer, documents), seqlen), held_out
+    tokens = tokenise(tokenizer, documents)
+    chosen_on = cut(tokens, seqlen)
+    for name, windows in held_out.items() if tests else ():
+        if shared := count_shared(windows, tokens):
+            raise Refused(
+                f"{shared} of {len(windows)} windows of --test {name} are in --data too: what is"
+                " tested on must be unseen"
+            )
+    return chosen_on, held_out
+
+
+def named_tests(data, tests):
+    """{name: path} of texts to test on, whole paths where two have one name; Refused for one that
+    is there twice or is `data`.
+    """
+    paths = [Path(t).resolve() for t in ([] if data is None else [data]) + list(tests)]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise Refused(f"{path} is given twice: each --test is another text than --data")
+    names = [Path(t).name for t in tests]
+    return {str(t) if names.count(name) > 1 else name: t for name, t in zip(names, tests)}
+
+
+def count_shared(windows, tokens):
+    """How many of the windows (n, T) stand in tokens (N,), at any place: those whose first tokens
+    have the same weighted sum are compared whole.
+    """
+    windows, tokens = windows.numpy(), tokens.numpy()
+    width = windows.shape[1]
+    weights = np.random.default_rng(0).integers(2**62, size=min(width, 16))
+    sums = np.lib.stride_tricks.sliding_window_view(tokens, len(weights)) @ weights
+    likely = np.flatnonzero(np.isin(sums, windows[:, : len(weights)] @ weights))
+    places = (tokens[i : i + width].tobytes() for i in likely)
+    return len({window.tobytes() for window in windows}.intersection(places))
 
 
 def draw(windows, counts, seed):
@@ -475,13 +574,25 @@ def standard_error(right):
     return float(np.std(right, ddof=1) / math.sqrt(n)) if n > 1 else float("nan")
 
 
+def task_file(folder, task):
+    """The file of a task in `folder`: as TASKS names it, packed, or as parquet."""
+    plain = Path(folder) / TASKS[task]
+    for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"):
+        if plain.with_suffix(suffix).exists():
+            return plain.with_suffix(suffix)
+    raise Refused(f"task file {plain} is not there, nor as .gz, .zst or .parquet")
+
+
 def read_rows(folder, task, limit=None):
-    """The first `limit` rows, dicts, of a task's jsonl file in `folder`."""
-    path = Path(folder) / TASKS[task]
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"task file {path} cannot be read: {first_line(error)}") from None
+    """The first `limit` rows, dicts, of a task's file in `folder`."""
+    path = task_file(folder, task)
+    if path.suffix == ".parquet":
+        rows = read_parquet(path).slice(0, limit).to_pylist()
+    else:
+        raw = read_raw(path)
+        rows = json_rows(raw) if raw.strip() else []
+    if rows is None:
+        raise Refused(f"task file {path} cannot be read: not a JSON object in each row")
     if not rows:
         raise Refused(f"task file {path} is empty")
     return rows[:limit]
@@ -561,7 +672,7 @@ def show_speed_up(model, windows, device):
 # ------------------------------------------------------------------------------------- command line
 def add_options(parser):
     tasks = "zero-shot: folder with " + ", ".join(TASKS.values())
-    text = "text, .raw (WikiText) or .jsonl (default: held-out stdlib files)"
+    text = "text, .raw (WikiText), JSON lines or parquet (default: held-out stdlib files)"
     dense = "also KL(dense || model), and paired task differences, from this model"
     kernels = "2:4 blocks on torch's semi-structured kernels (CUDA), with the speed-up"
     number, flag = {"type": int, "metavar": "N"}, {"action": "store_true"}

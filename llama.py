@@ -12,7 +12,9 @@ Full      python llama.py --model ~/Llama-2-7b-hf --prompt "..." --temperature 0
 """
 
 import itertools
+import json
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -25,16 +27,37 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import Config, Llama, generate
-from script import Parser, Refused, add_model, choose_device, first_line, read_json, run, usual_mode
+from script import (
+    Parser,
+    Refused,
+    add_model,
+    choose_device,
+    first_line,
+    read_json,
+    refuse_pointer,
+    run,
+    usual_mode,
+)
 
 # what is copied beside the weights: configuration, tokenizer, licence; nothing else of a folder
 KEPT_FILES = (
-    "config.json generation_config.json model.safetensors.index.json tokenizer.model"
-    " tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json"
-    " merges.txt chat_template.json chat_template.jinja LICENSE LICENSE.txt"
+    "config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json"
+    " special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json"
+    " chat_template.jinja LICENSE LICENSE.txt"
 ).split()
 LEAST_KEPT = 0.05  # of a packed matrix: strategies leave a tenth; a file of masks alone is a trap
 FLOATS = ("F16", "BF16", "F32")  # the dtypes of weights that are read, as safetensors names them
+SAVE_AGAIN = (
+    "write it again, by AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+    " of transformers"
+)
+# weights in other forms -> what to do
+UNREAD = dict.fromkeys((".bin", ".pt", ".pth"), f"pickled weights are not read; {SAVE_AGAIN}")
+UNREAD[".gguf"] = "get the model's folder in Hugging Face's layout, not its conversion"
+NO_FAST_FILE = (
+    "write a tokenizer.json, by AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    " of transformers"
+)
 
 
 # ------------------------------------------------------------------------------ packed matrices
@@ -42,13 +65,15 @@ def pack(W, kept):
     """One bit for each weight, and the survivors: W (d_out, d_in) where `kept` holds -> (mask,
     values).
 
-    The packed layout, version 1: model.safetensors has the metadata `unicuco_packed: 1`. A pruned
-    matrix NAME is stored as
+    The packed layout, version 1: packed.safetensors has the metadata `unicuco_packed: 1`. The name,
+    packed-....safetensors and packed.safetensors.index.json for shards, keeps other tools from
+    taking the folder for a plain one with half of its weights missing. A pruned matrix NAME is
+    stored as
     NAME.mask   uint8 (d_out, ceil(d_in / 8)), bit j % 8 of byte j // 8 set where column j
                 survives, unused bits 0
     NAME.kept   the survivors row by row, in the source's dtype
-    Everything else is stored as in the source: shards keep their names, an index keeps naming
-    NAME. At sparsity s in float16 a matrix takes 1/16 + (1 - s) of its dense bytes.
+    Everything else is stored as in the source, and an index keeps naming NAME. At sparsity s in
+    float16 a matrix takes 1/16 + (1 - s) of its dense bytes.
     """
     bits = F.pad(kept, (0, -kept.shape[1] % 8)).view(len(kept), -1, 8)
     powers = 1 << torch.arange(8, device=kept.device)
@@ -80,22 +105,24 @@ def dense_name(name):
 
 # ------------------------------------------------------------------------------------ tokenizer
 class Tokenizer:
-    """Text to token ids and back: `tokenizer.model` by sentencepiece, else `tokenizer.json` by the
-    package tokenizers.
+    """Text to token ids and back, as transformers does it: by `tokenizer.json` and the package
+    tokenizers, without that file by `tokenizer.model` and sentencepiece.
 
     encode    text -> ids, list of texts -> list of ids (over all cores), without special tokens;
               decode: ids -> text
-    bos_id, eos_id, adds_bos   the begin and end tokens (or None), and whether a text opens with the
-                               first
+    bos_id, adds_bos   the begin token (or None), and whether a text opens with it. tokenizer.json's
+                       template decides; for tokenizer.model, add_bos_token of tokenizer_config.json
+    eos_ids   the ends of a text: generation_config.json's, else config.json's, else the tokenizer's
     """
 
     def __init__(self, folder, vocab_size):
-        self.folder = Path(folder)
+        self.folder, self.vocab_size = Path(folder), vocab_size
+        self.settings = self.optional("tokenizer_config.json")
         try:
-            if (self.folder / "tokenizer.model").exists():
-                size, adds_bos = self.open_sentencepiece(self.folder / "tokenizer.model")
+            if (self.folder / "tokenizer.json").exists():
+                end = self.open_tokenizers(self.folder / "tokenizer.json")
             else:
-                size, adds_bos = self.open_tokenizers(self.folder / "tokenizer.json")
+                end = self.open_sentencepiece(self.folder / "tokenizer.model")
         except ImportError as error:
             raise Refused(
                 f"the tokenizer of {folder} needs one more package: pip install {error.name}"
@@ -105,30 +132,20 @@ class Tokenizer:
         # both libraries raise what they like, a bare Exception included, on a broken file
         except Exception as error:
             raise Refused(
-                f"{folder} has no tokenizer.model or tokenizer.json that can be read:"
+                f"{folder} has no tokenizer.json or tokenizer.model that can be read:"
                 f" {first_line(error)}"
             ) from None
-        if size > vocab_size:
-            raise Refused(
-                f"the tokenizer of {folder} has {size} tokens, its model only {vocab_size}: they"
-                " do not belong together"
-            )
-        self.check_special(vocab_size)
-        path = self.folder / "tokenizer_config.json"
-        settings = read_json(path) if path.exists() else {}
-        known = self.bos_id is not None and self.bos_id >= 0
-        self.adds_bos = bool(settings.get("add_bos_token", adds_bos)) and known
+        self.eos_ids = self.ends_of_text(end)
 
-    def open_sentencepiece(self, path):
-        import sentencepiece
+    def optional(self, name):
+        path = self.folder / name
+        return read_json(path) if path.exists() else {}
 
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        size = pieces.get_piece_size()
-        self.batch = pieces.encode
-        # a model may have more tokens
-        self.decode = lambda ids: pieces.decode([i for i in ids if i < size])
-        self.bos_id, self.eos_id = pieces.bos_id(), pieces.eos_id()
-        return size, True
+    def named(self, key):
+        """The text of a special token as tokenizer_config.json has it: a string or an object."""
+        token = self.settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else ""
 
     def open_tokenizers(self, path):
         import tokenizers
@@ -140,29 +157,74 @@ class Tokenizer:
             e.ids for e in fast.encode_batch(texts, add_special_tokens=False)
         ]
         self.decode = lambda ids: fast.decode(ids, skip_special_tokens=False)
-        config = read_json(self.folder / "config.json")
-        self.bos_id, self.eos_id = config.get("bos_token_id"), config.get("eos_token_id")
-        size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
-        return size, fast.encode("a").ids[:1] == [self.bos_id]
+        begin = fast.encode("a").ids[:1]
+        self.adds_bos = begin != fast.encode("a", add_special_tokens=False).ids[:1]
+        self.bos_id = begin[0] if self.adds_bos else fast.token_to_id(self.named("bos_token"))
+        return fast.token_to_id(self.named("eos_token"))
 
-    def check_special(self, vocab_size):
-        if isinstance(self.eos_id, list) and self.eos_id:
-            self.eos_id = self.eos_id[0]
-        for name, token in (("bos_token_id", self.bos_id), ("eos_token_id", self.eos_id)):
-            if token is not None and not (type(token) is int and -1 <= token < vocab_size):
+    def open_sentencepiece(self, path):
+        import sentencepiece
+
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        size = pieces.get_piece_size()
+        added = {text: i for text, i in self.added_tokens().items() if i >= size}
+        found = re.compile("|".join(map(re.escape, added)) or "(?!)")  # without any: nothing
+
+        def batch(texts):
+            for token in filter(None, map(found.search, texts)):
+                raise Refused(f"{path} lacks the added token {token[0]!r:.60}: {NO_FAST_FILE}")
+            return pieces.encode(texts)
+
+        self.batch = batch
+        # a model may have more tokens
+        self.decode = lambda ids: pieces.decode([i for i in ids if i < size])
+        ids = added | {pieces.id_to_piece(i): i for i in range(size)}
+        self.bos_id = ids.get(self.named("bos_token"), pieces.bos_id())
+        self.adds_bos = bool(self.settings.get("add_bos_token", True)) and self.bos_id >= 0
+        return ids.get(self.named("eos_token"), pieces.eos_id())
+
+    def added_tokens(self):
+        """{text: id} of the tokens that were added beside tokenizer.model: chat marks."""
+        listed = self.settings.get("added_tokens_decoder")
+        listed = listed if isinstance(listed, dict) else {}
+        tokens = {t.get("content"): int(i) for i, t in listed.items() if isinstance(t, dict)}
+        tokens |= self.optional("added_tokens.json")
+        return {t: i for t, i in tokens.items() if isinstance(t, str) and t and type(i) is int}
+
+    def ends_of_text(self, own):
+        """Ids of the tokens that end a text; Refused for one that the model does not have."""
+        for name in ("generation_config.json", "config.json"):
+            ends = self.optional(name).get("eos_token_id")
+            if ends is not None:
+                break
+        else:
+            name, ends = "the tokenizer", [] if own in (None, -1) else own
+        ends = ends if isinstance(ends, list) else [ends]
+        for end in ends:
+            if not (type(end) is int and -1 <= end < self.vocab_size):
                 raise Refused(
-                    f"{self.folder}: {name} = {token!r:.60} is none of the model's {vocab_size}"
-                    " tokens"
+                    f"{self.folder}, {name}: eos_token_id = {end!r:.60} is none of the model's"
+                    f" {self.vocab_size} tokens"
                 )
+        return ends
 
     def encode(self, text):
         """Token ids of a text; of a list of texts, a list of them. Refused for what is no text, as
-        half a surrogate pair.
+        half a surrogate pair, and for a token that the model does not have.
         """
         try:
-            return self.batch(text) if isinstance(text, list) else self.batch([text])[0]
+            ids = self.batch([text] if isinstance(text, str) else text)
+        except Refused:
+            raise
         except Exception as error:
             raise Refused(f"the tokenizer cannot encode this text: {first_line(error)}") from None
+        largest = max(map(max, filter(None, ids)), default=0)
+        if largest >= self.vocab_size:
+            raise Refused(
+                f"the tokenizer of {self.folder} gives token {largest}, its model has"
+                f" {self.vocab_size} tokens: they do not belong together"
+            )
+        return ids[0] if isinstance(text, str) else ids
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -205,24 +267,45 @@ def weight_files(folder):
             f"{folder} is not a folder (a model is a folder with config.json, model.safetensors"
             " and a tokenizer)"
         )
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     for path in folder.glob("*"):
         # opening a pipe would wait for ever
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise Refused(f"{path} is neither a file nor a folder")
-    if not (index.exists() or single.exists()):
-        raise Refused(f"{folder} holds neither {single.name} nor {index.name}")
-    promised = read_index(index) if index.exists() else None
-    paths = [single] if promised is None else sorted({folder / name for name in promised.values()})
+        refuse_pointer(path)
+    listed = weights_of(folder)
+    promised = None if listed.suffix == ".safetensors" else read_index(listed)
+    paths = [listed] if promised is None else sorted({folder / name for name in promised.values()})
     files = {}
     for path in paths:
         files[path] = read_header(path)
         if promised is not None:
             owned = {name for name, file in promised.items() if file == path.name}
             wrong = set(map(dense_name, files[path])) ^ owned
+            # indices list these though no file has them; a head that is needed is missed later
+            wrong = {n for n in wrong if not n.endswith(("rotary_emb.inv_freq", "lm_head.weight"))}
             if wrong:
                 raise Refused(f"{path} and the index disagree about the tensor {min(wrong)!r:.200}")
     return files
+
+
+def weights_of(folder):
+    """The weight file of a folder or, where it has shards, their index. A whole file goes before an
+    index, which can be left from before a merge, as in transformers.
+    """
+    for stem, kind in itertools.product(("model", "packed"), ("", ".index.json")):
+        path = folder / f"{stem}.safetensors{kind}"
+        if path.exists():
+            return path
+    for path in sorted(folder.glob("*")):
+        if path.suffix in UNREAD:
+            raise Refused(f"{folder} holds {path.name} and no safetensors: {UNREAD[path.suffix]}")
+    raise Refused(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+
+
+def weight_name(name, packed):
+    """The name of a weight file or its index in a plain or a packed folder, from that in either."""
+    rest = name.removeprefix("model").removeprefix("packed")
+    return ("packed" if packed else "model") + (rest if rest != name else "-" + name)
 
 
 def read_header(path):
@@ -331,11 +414,10 @@ def load_llama(path, device="cpu", dtype=torch.float32):
     files = weight_files(folder)
     model = empty_llama(folder, files)
     tokenizer = Tokenizer(folder, model.config.vocab_size)
-    tied = model.config.tie_word_embeddings
     columns = {name: p.shape[-1] for name, p in model.state_dict().items()}
     for file, names in files.items():
         for name, tensor in read_tensors(file, names, columns):
-            if name not in columns or (tied and name == "lm_head.weight"):
+            if name not in columns:
                 continue
             # NaN goes through both; nothing is allocated
             if not all(map(math.isfinite, tensor.aminmax())):
@@ -344,9 +426,18 @@ def load_llama(path, device="cpu", dtype=torch.float32):
             parameter = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
             setattr(model.get_submodule(owner), leaf, parameter)
             del tensor  # the last one would keep the whole shard in memory
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    if model.config.tie_word_embeddings:
+        tie_head(model)
     return model.eval(), tokenizer
+
+
+def tie_head(model):
+    """The embeddings are the head too, unless another head is stored: that one is used, as by
+    transformers, whatever config.json says.
+    """
+    embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
+    if head.is_meta or torch.equal(head, embeddings):
+        model.lm_head.weight = embeddings
 
 
 # -------------------------------------------------------------------------------------- writing
@@ -411,21 +502,35 @@ def save_llama(model, folder, source, masks=None, packed=False, values=None):
     metadata = {"format": "pt", "unicuco_packed": "1"} if packed else {"format": "pt"}
     for path, names in weight_files(source).items():
         tensors = pruned_tensors(path, names, live, masks, values or {}, packed)
-        save_file(tensors, folder / path.name, metadata)
-        usual_mode(folder / path.name)
+        file = folder / weight_name(path.name, packed)
+        save_file(tensors, file, metadata)
+        usual_mode(file)
+    copy_index(weights_of(source), folder, packed)
     for path in files_to_copy(source):
         shutil.copyfile(path, folder / path.name)
 
 
+def copy_index(listed, folder, packed):
+    """Where the source's weights are listed by an index, write it to `folder` with the files' new
+    names.
+    """
+    if listed.suffix == ".safetensors":
+        return
+    index = read_json(listed)
+    files = {tensor: weight_name(name, packed) for tensor, name in index["weight_map"].items()}
+    text = json.dumps(index | {"weight_map": files}, indent=2)
+    (folder / weight_name(listed.name, packed)).write_text(text, encoding="utf-8")
+
+
 # ----------------------------------------------------------------------------------- command line
 def stream(model, tokenizer, prompt, count, temperature=0.0, seed=0):
-    """Yield the text that follows `prompt`, piece by piece, whole characters only; ends at the
+    """Yield the text that follows `prompt`, piece by piece, whole characters only; ends at an
     end-of-text token.
     """
     ids = [tokenizer.bos_id] * tokenizer.adds_bos + tokenizer.encode(prompt)
     shown = len(tokenizer.decode(ids))
     for token in generate(model, ids or [tokenizer.bos_id or 0], count, temperature, seed):
-        if token == tokenizer.eos_id:
+        if token in tokenizer.eos_ids:
             return
         ids.append(token)
         text = tokenizer.decode(ids)

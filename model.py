@@ -36,7 +36,6 @@ COMPUTED = {
     "rotary scaling": ("default", "linear", "llama3"),
     "hidden_act": ("silu",),
     "partial_rotary_factor": (1,),
-    "quantization_config": (None,),
 }
 
 
@@ -88,7 +87,8 @@ class Config:
         not compute.
         """
         raw = read_json(path)
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        # a file with both has what its maker added, rope_scaling, beside what was there
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise Refused(f"{path}: rope_parameters = {rope!r:.60} is not an object")
         check_settings(path, raw, rope)
@@ -121,13 +121,34 @@ def check_settings(path, raw, rope):
         "model_type": raw.get("model_type"),
         "rotary scaling": rope_kind(rope),
         "hidden_act": raw.get("hidden_act", "silu"),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1),
-        "quantization_config": raw.get("quantization_config"),
+        "partial_rotary_factor": rope.get(
+            "partial_rotary_factor", raw.get("partial_rotary_factor", 1)
+        ),
     }
     for name, value in found.items():
         if value not in COMPUTED[name]:
             only = ", ".join(map(str, COMPUTED[name]))
             raise Refused(f"{path}: {name} = {value!r:.60} is not supported, only {only}")
+    method = quantised(raw.get("quantization_config"))
+    if method:
+        raise Refused(
+            f"{path}: the weights are quantised or compressed ({method!s:.60}): dequantise first,"
+            " by model.dequantize() and save_pretrained(NEW) of transformers"
+        )
+
+
+def quantised(settings):
+    """What was done to the weights by quantization_config, None if nothing: llm-compressor writes
+    one beside dense weights too, after SparseGPT, with a sparsity_config.
+    """
+    if not settings:
+        return None
+    settings = settings if isinstance(settings, dict) else {}
+    sparse = settings.get("sparsity_config")
+    if isinstance(sparse, dict) and not settings.get("config_groups"):
+        form = sparse.get("format", "dense")
+        return None if form == "dense" else form
+    return settings.get("quant_method", "by an unknown method")
 
 
 def read_heads(fields):
@@ -155,8 +176,8 @@ def read_positions(fields):
     raw = fields.raw
     positions = fields.number("max_position_embeddings", 2048)
     slides = raw.get("use_sliding_window", raw["model_type"] == "mistral")
-    if raw.get("sliding_window") and slides:
-        positions = min(positions, fields.number("sliding_window"))
+    if slides and raw.get("sliding_window", 4096):  # the families' default
+        positions = min(positions, fields.number("sliding_window", 4096))
     return positions
 
 

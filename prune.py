@@ -586,7 +586,8 @@ class Table:
 def add_wishes(parser):
     for kind, (unit, meaning) in KINDS.items():
         flag = "--" + kind.replace("_", "-")
-        parser.add_argument(flag, nargs="+", default=[], metavar=unit, help=meaning)
+        several = {"nargs": "+", "action": "extend", "default": []}
+        parser.add_argument(flag, **several, metavar=unit, help=meaning)
     sure = "--max-kl holds on all such text with this probability, not as measured alone"
     parser.add_argument("--confidence", type=float, metavar="P", help=sure)
     parser.add_argument(
@@ -649,6 +650,8 @@ def arguments():
     at_least(args, 1, "tokens", "calibration")
     if args.confidence is not None and not 0.5 <= args.confidence <= 0.999:
         raise Refused("--confidence is a probability from 0.5 to 0.999")
+    if args.test and len(args.test) > 1:
+        raise Refused("prune.py measures on one --test; eval.py measures what it wrote on others")
     return args
 
 

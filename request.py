@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from gp import GaussianProcess
-from llama import weight_files
+from llama import dense_name, stored_dtypes, weight_files
 from script import Refused, first_line
 from unicuco import KL_FLOOR, MAX, StratNet, log_divergence
 
@@ -87,9 +87,9 @@ def packed_bytes(pruner, source, strategy):
     the source's files.
     """
     files = [tensor for tensors in weight_files(source).values() for tensor in tensors.items()]
-    bytes_of = {name: {"F32": 4}.get(dtype, 2) for name, (_, dtype) in files}
-    matrices = [name for name, _ in files if name.endswith("_proj.weight")]
-    others = [(name, shape) for name, (shape, _) in files if not name.endswith("_proj.weight")]
+    bytes_of = {name: dtype.itemsize for name, dtype in stored_dtypes(source).items()}
+    matrices = [name for name in bytes_of if name.endswith("_proj.weight")]
+    others = [(n, s) for n, (s, _) in files if not dense_name(n).endswith("_proj.weight")]
     rest = sum(math.prod(shape) * bytes_of[name] for name, shape in others)
     headers = 300 * len(files) + 4096
     kept = (pruner.d_in - pruner.dropped_per_row(strategy)) * pruner.d_out

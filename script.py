@@ -141,6 +141,7 @@ def add_texts(parser, tokens_help="tokens of one measurement of f2", windows=32)
         "--test",
         type=Path,
         nargs="+",
+        action="extend",
         metavar="FILE",
         help="texts to measure on (default: held-out part of --data)",
     )
@@ -210,6 +211,13 @@ def read_json(path):
     if not isinstance(value, dict):
         raise Refused(f"{path} holds no JSON object")
     return value
+
+
+def refuse_pointer(path):
+    """Refuse a file that a clone without git-lfs left in the place of the real one."""
+    if path.is_file() and path.stat().st_size < 1024:
+        if path.read_bytes().startswith(b"version https://git-lfs"):
+            raise Refused(f"{path} is a git-lfs pointer, not the file: run git lfs pull there")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -518,3 +519,93 @@ def evaluation_of_window(pruned, folder, window):
     with torch.no_grad():
         p, q = (torch.distributions.Categorical(logits=m(window[None])[0]) for m in (dense, pruned))
     return float(torch.distributions.kl_divergence(p, q).mean())
+
+
+def test_texts_of_one_name_are_told_apart_and_no_text_is_tested_on_that_was_chosen_on(tmp_path):
+    tokenizer = llama.Tokenizer(ROOT / "tiny", 4096)
+    numbers = [" ".join(map(str, range(k, k + 2000))) for k in (0, 10000, 20000)]
+    paths = [tmp_path / name / "test.txt" for name in "abc"]
+    for path, text in zip(paths, numbers):
+        path.parent.mkdir()
+        path.write_text(text)
+    _, held_out = evaluation.load_texts(tokenizer, paths[0], paths[1:], 16)
+    assert list(held_out) == [str(path) for path in paths[1:]]
+    assert not torch.equal(*(windows[:9] for windows in held_out.values()))
+    same = tmp_path / "a" / ".." / "a" / "test.txt"
+    for data, tests in ((paths[0], [same]), (None, [paths[0], same])):
+        refuses(evaluation.load_texts, tokenizer, data, tests, 16, match="is given twice")
+    paths[2].write_text("x" + numbers[1] + " and more")  # other windows of the same text
+    refuses(evaluation.load_texts, tokenizer, paths[1], paths[2:], 16, match="in --data too")
+
+
+def test_shared_windows_are_counted_wherever_they_stand():
+    tokens = torch.arange(1000) % 97
+    windows = torch.stack([tokens[5:69], tokens[90:154], torch.arange(64), torch.zeros(64).long()])
+    assert evaluation.count_shared(windows, tokens) == 3
+    windows[:3, -1] += 1
+    assert evaluation.count_shared(windows, tokens) == 0
+    assert evaluation.count_shared(torch.arange(8)[None], tokens) == 1
+
+
+def write_parquet(path, rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def test_parquet_and_zstandard_give_the_documents_that_the_other_formats_give(tmp_path):
+    rows = [{"text": "one\n\nline", "url": "http://a"}, {"text": "two\n", "url": None}]
+    write_parquet(tmp_path / "000_00000.parquet", rows)
+    assert evaluation.read_documents(tmp_path / "000_00000.parquet") == [
+        "one\n\nline\n\n",
+        "two\n\n\n",
+    ]
+    pack = pytest.importorskip("zstandard").ZstdCompressor().compress
+    lines = "\n".join(map(json.dumps, rows))
+    (tmp_path / "c4.jsonl.zst").write_bytes(pack(lines.encode()) + pack(b"\n" + lines.encode()))
+    assert len(evaluation.read_documents(tmp_path / "c4.jsonl.zst")) == 4  # two frames
+    write_parquet(tmp_path / "no_text.parquet", [{"content": "x"}])
+    write_parquet(tmp_path / "numbers.parquet", [{"text": 5}])
+    for name in ("broken.parquet", "broken.zst"):
+        (tmp_path / name).write_bytes(b"PAR1 no")
+    for name in ("no_text.parquet", "numbers.parquet", "broken.parquet", "broken.zst"):
+        refuses(evaluation.read_documents, tmp_path / name)
+
+
+def test_wikitext_as_parquet_is_the_string_of_the_raw_file(tmp_path):
+    raw = " \n = A = \n \n text one \n \n \n = = B = = \n more \n"
+    lines = raw.split("\n")[:-1]  # the data set has a row for each line, blank ones empty
+    rows = [{"text": line + "\n" if line.strip() else ""} for line in lines]
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", rows)
+    (tmp_path / "wiki.test.raw").write_text(raw)
+    parquet, plain = (
+        evaluation.read_documents(tmp_path / name)
+        for name in ("test-00000-of-00001.parquet", "wiki.test.raw")
+    )
+    assert parquet == plain == [evaluation.wikitext(raw)]
+
+
+def test_task_sets_as_parquet_or_packed_give_the_same_rows(tasks):
+    pack = pytest.importorskip("zstandard").ZstdCompressor().compress
+    packers = {".gz": gzip.compress, ".zst": pack}
+    for i, (task, name) in enumerate(evaluation.TASKS.items()):
+        rows, path = evaluation.read_rows(tasks, task), tasks / name
+        if i < 3:
+            write_parquet(path.with_suffix(".parquet"), rows)
+        else:
+            suffix = (".gz", ".zst")[i - 3]
+            (tasks / (name + suffix)).write_bytes(packers[suffix](path.read_bytes()))
+        path.unlink()
+        assert evaluation.read_rows(tasks, task) == rows and len(rows) == 3
+        assert evaluation.read_rows(tasks, task, 2) == rows[:2]
+
+
+def test_a_missing_optional_package_is_named(tmp_path, monkeypatch):
+    for name, packages in (
+        ("a.parquet", ("pyarrow.parquet", "pyarrow")),
+        ("a.zst", ("zstandard",)),
+    ):
+        (tmp_path / name).write_bytes(b"x")
+        for package in packages:
+            monkeypatch.setitem(sys.modules, package, None)
+        match = f"{name} needs one more package: pip install {packages[-1]}"
+        refuses(evaluation.read_documents, tmp_path / name, match=match)

@@ -51,6 +51,10 @@ FAMILIES = {
     "llama3 scaling": dict(rope_parameters=LLAMA3),
     "linear scaling": dict(rope_scaling=dict(type="linear", factor=4.0)),
     "wide heads": dict(head_dim=32),
+    "scaling beside the parameters": dict(
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        rope_scaling=dict(rope_type="linear", factor=4.0),
+    ),
     "mistral": dict(
         model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None
     ),
@@ -72,6 +76,39 @@ def test_logits_equal_those_of_transformers(family, tmp_path, tokens):
         assert (
             relative(ours(tokens), theirs(tokens).logits) < 1e-4
         )  # float32: rounding is near 1e-6
+
+
+def test_a_stored_head_that_differs_from_the_embeddings_is_used_though_the_config_says_tied(
+    small, tmp_path, tokens
+):
+    transformers = pytest.importorskip("transformers")
+    weights, folder = load_file(small / "model.safetensors"), write_small(tmp_path / "m")
+    copied = weights["model.embed_tokens.weight"].clone()
+    for head, tied in (
+        (copied.clone(), True),
+        (copied.clone().index_fill_(1, torch.tensor(0), 0), False),
+    ):
+        save_file(
+            weights | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"}
+        )
+        ours = load_llama(folder)[0]
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+        assert torch.equal(ours.lm_head.weight, head)
+        with torch.no_grad():
+            assert relative(ours(tokens), theirs(tokens).logits) < 1e-4  # float32
+
+
+def test_mistral_slides_from_4096_on_where_its_config_names_no_window(place):
+    for window, positions in (
+        ({}, 4096),
+        ({"sliding_window": None}, 32768),
+        ({"sliding_window": 64}, 64),
+    ):
+        fields = fuzz.FIELDS | {"model_type": "mistral", "max_position_embeddings": 32768}
+        del fields["sliding_window"]
+        folder = place("plain", config_json=fields | window)
+        assert llama.Config.read(folder / "config.json").max_position_embeddings == positions
 
 
 def test_shards_load_like_one_file_and_each_flaw_is_refused_by_name(small, tmp_path):
@@ -107,6 +144,92 @@ def test_shards_load_like_one_file_and_each_flaw_is_refused_by_name(small, tmp_p
         index.write_text(json.dumps({"weight_map": promised}))
         with pytest.raises(ValueError):
             load_llama(folder)
+
+
+def test_an_index_that_is_stale_or_lists_what_no_shard_needs_does_not_matter(place, good):
+    weights = load_file(place("plain") / "model.safetensors")
+    index = json.loads(good["sharded"]["model.safetensors.index.json"])
+    kind = "model.safetensors.index.json"
+    stale = {"weight_map": {n: "model-00001-of-00009.safetensors" for n in weights}}
+    assert load_llama(place("plain", **{kind: stale}))
+    file = index["weight_map"][NORM]
+    more = {"weight_map": index["weight_map"] | {INV: file, "lm_head.weight": file}}
+    assert load_llama(place("sharded", **{kind: more}))
+    untied = fuzz.FIELDS | {"tie_word_embeddings": False}
+    folder = place("sharded", config_json=untied, **{kind: more})
+    refuses(load_llama, folder, match="lm_head.weight is missing")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
+
+
+def test_weights_in_other_forms_are_refused_with_what_to_do_about_them(place, tmp_path):
+    for name, match in (
+        ("pytorch_model.bin", "holds pytorch_model.bin and no safetensors: .*save_pretrained"),
+        ("model.Q4.gguf", "holds model.Q4.gguf and no safetensors"),
+    ):
+        folder = place("plain", model_safetensors=None, **{name: b"PK"})
+        refuses(load_llama, folder, match=match)
+    for name in ("model.safetensors", "tokenizer.model", "tokenizer.json", "config.json"):
+        refuses(load_llama, place("plain", **{name: POINTER}), match=name + ".*git lfs pull")
+    (tmp_path / "text.jsonl").write_bytes(POINTER)
+    refuses(read_documents, tmp_path / "text.jsonl", match="git lfs pull")
+
+
+def test_quantised_weights_are_refused_by_their_method_and_dense_ones_of_sparsegpt_are_read(place):
+    sparse = {"format": "dense", "global_sparsity": 0.5, "sparsity_structure": "2:4"}
+    compressed = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    for settings, method in (
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"bits": 4}, "by an unknown method"),
+        (5, "by an unknown method"),
+        (compressed, "compressed-tensors"),
+        (
+            compressed | {"sparsity_config": sparse, "config_groups": {"a": {}}},
+            "compressed-tensors",
+        ),
+        (compressed | {"sparsity_config": sparse | {"format": "sparse-24-bitmask"}}, "sparse-24"),
+    ):
+        fields = fuzz.FIELDS | {"quantization_config": settings}
+        refuses(load_llama, place("plain", config_json=fields), match=method + ".*: dequantise")
+    settings = compressed | {"sparsity_config": sparse}
+    folder = place("plain", config_json=fuzz.FIELDS | {"quantization_config": settings})
+    assert load_llama(folder)
+
+
+def test_a_packed_folder_in_shards_or_not_is_an_error_for_transformers_and_unpacks_to_the_same_names(
+    place, tmp_path
+):
+    transformers = pytest.importorskip("transformers")
+    for kind in ("plain", "sharded"):
+        source, folder = place(kind), tmp_path / kind
+        model, names = load_llama(source)[0], {p.name for p in source.iterdir()}
+        masks = fuzz.random_masks(model)
+        save_llama(model, folder / "packed", source, masks, packed=True)
+        with pytest.raises(OSError, match="no file named model.safetensors"):
+            transformers.AutoModelForCausalLM.from_pretrained(folder / "packed")
+        packed = load_llama(folder / "packed")[0]
+        save_llama(packed, folder / "plain", folder / "packed", {})
+        assert {p.name for p in (folder / "plain").iterdir()} == names
+        plain = load_llama(folder / "plain")[0].state_dict()
+        assert all(torch.equal(plain[n], W) for n, W in packed.state_dict().items())
+        for name, kept in masks.items():
+            assert torch.equal(plain[name], model.state_dict()[name] * kept)
+
+
+def test_padding_beyond_the_vocabulary_and_a_broken_tokenizer_model_beside_a_good_one_are_no_matter(
+    place, good
+):
+    pytest.importorskip("tokenizers")
+    raw = json.loads(good["fast"]["tokenizer.json"])
+    size = len(raw["model"]["vocab"])
+    pad = raw["added_tokens"][0] | {"content": "[PAD]", "id": size}
+    folder = place("fast", tokenizer_json=raw | {"added_tokens": [*raw["added_tokens"], pad]})
+    (folder / "tokenizer.model").write_bytes(b"no tokenizer")
+    tokenizer = llama.Tokenizer(folder, size)
+    assert tokenizer.encode("return x") == load_llama(place("fast"))[1].encode("return x")
+    refuses(tokenizer.encode, "return [PAD]", match=f"token {size}, its model has {size} tokens")
 
 
 def test_generation_with_a_cache_follows_the_logits_without_one(small):
@@ -216,7 +339,7 @@ def test_a_packed_file_of_another_version_or_with_half_of_a_matrix_is_refused(tm
     model, _ = load_llama(ROOT / "tiny")
     masks = Pruner(model, torch.randint(3, 4096, (2, 64))).masks([0.5] * 12)
     save_llama(model, tmp_path / "packed", ROOT / "tiny", masks, packed=True)
-    file = tmp_path / "packed" / "model.safetensors"
+    file = tmp_path / "packed" / "packed.safetensors"
     tensors, name = (
         {k: v.clone() for k, v in load_file(file).items()},
         "model.layers.3.mlp.up_proj.weight",
@@ -239,7 +362,7 @@ def test_a_packed_matrix_at_one_half_is_within_2_percent_of_the_floor(tmp_path):
         model, torch.randint(3, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
     )
     save_llama(model, tmp_path / "packed", ROOT / "tiny", pruner.masks([0.5] * 12), packed=True)
-    with safe_open(tmp_path / "packed" / "model.safetensors", framework="pt") as f:
+    with safe_open(tmp_path / "packed" / "packed.safetensors", framework="pt") as f:
         stored = sum(f.get_tensor(n).nbytes for n in f.keys() if n.endswith((".mask", ".kept")))
     floor = sum(m.numel() * 2 for m in pruner.masks([0.5] * 12).values()) * (1 / 16 + 1 / 2)
     assert floor <= stored <= 1.02 * floor
@@ -256,10 +379,12 @@ UP, NORM, INV = (
     "change",
     [
         {"rope_scaling": 5},
-        {"rope_parameters": [1]},
+        {"rope_parameters": [1], "rope_scaling": None},
         {"rope_scaling": {"rope_type": ["llama3"]}},
         {"rope_scaling": {"rope_type": {}}},
         {"model_type": ["llama"]},
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
+        {"partial_rotary_factor": 0.5},
         {"hidden_act": {}},
         {"hidden_size": 10**30},
         {"hidden_size": 2**24},
@@ -282,15 +407,13 @@ def test_a_config_of_absurd_sizes_or_of_wrong_types_is_refused_before_anything_i
     refuses(load_llama, place("plain", config_json=fuzz.FIELDS | change))
 
 
-@pytest.mark.parametrize("token", ["1", 1.0, True, [1], {}, -2, 320, 10**30])
-def test_begin_and_end_tokens_that_the_model_does_not_have_are_refused(place, token):
+@pytest.mark.parametrize("token", ["1", 1.0, True, [[1]], {}, -2, 320, [2, 320], 10**30])
+def test_ends_of_text_that_the_model_does_not_have_are_refused(place, token):
     pytest.importorskip("tokenizers")
-    for name in ("bos_token_id", "eos_token_id"):
-        if (name, token) != (
-            "eos_token_id",
-            [1],
-        ):  # several ends of text are common: the first is used
-            refuses(load_llama, place("fast", config_json=fuzz.FIELDS | {name: token}), match=name)
+    ends = {"eos_token_id": token}
+    for kind in ("fast", "plain"):
+        refuses(load_llama, place(kind, config_json=fuzz.FIELDS | ends), match="eos_token_id")
+        refuses(load_llama, place(kind, generation_config_json=ends), match="generation_config")
 
 
 def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused_and_its_padding_is_not_used(
@@ -322,7 +445,8 @@ def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused_and_its_padding_i
     )
     vocabulary = raw["model"]["vocab"]
     vocabulary[max(vocabulary, key=vocabulary.get)] = 10**6
-    refuses(load_llama, place("fast", tokenizer_json=raw), match="1000001 tokens")
+    _, tokenizer = load_llama(place("fast", tokenizer_json=raw))
+    refuses(tokenizer.encode, fuzz.TEXT, match="gives token 1000000, its model has 320")
 
 
 def test_a_model_with_more_tokens_than_its_tokenizer_still_writes_text(place):
@@ -510,7 +634,9 @@ def test_llama_streams_the_text_that_generation_gives_and_compares_two_models_si
 def test_a_stream_ends_at_the_end_of_text_and_yields_whole_characters_only(small, monkeypatch):
     model, tokenizer = load_llama(small)
     letters = tokenizer.encode("a\N{BALLOON}b")  # the balloon is four bytes, a token each
-    monkeypatch.setattr(llama, "generate", lambda *a: iter([*letters, tokenizer.eos_id, *letters]))
+    monkeypatch.setattr(
+        llama, "generate", lambda *a: iter([*letters, tokenizer.eos_ids[0], *letters])
+    )
     pieces = list(llama.stream(model, tokenizer, "x", 99))
     assert (
         "".join(pieces) == "a\N{BALLOON}b"
@@ -543,8 +669,8 @@ def test_a_tokenizer_json_works_like_its_library_and_says_which_package_it_needs
         )
         assert tokenizer.encode(["os", "sys os"]) == [[4], [5, 4]] and (
             tokenizer.bos_id,
-            tokenizer.eos_id,
-        ) == (1, 2)
+            tokenizer.eos_ids,
+        ) == (1, [2])
     assert tokenizer.adds_bos
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match="pip install tokenizers"):
@@ -558,3 +684,99 @@ def test_a_packed_file_of_masks_alone_is_refused_before_anything_is_allocated(tm
         llama.check_tensor, path, "a.kept", (1000,), "F32", right, match="less than pruning leaves"
     )
     llama.check_tensor(path, "a.kept", (102400,), "F32", right)
+
+
+MARKS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def fast_tokenizer(style):
+    """A small tokenizer.json as Llama 2 and Mistral have it (spaces become marks), or as Llama 3, Qwen2 and
+    SmolLM2 do (bytes)."""
+    import tokenizers as t
+
+    fast = t.Tokenizer(t.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    alphabet = []
+    if style in ("llama2", "mistral"):
+        marks = [t.normalizers.Prepend("▁"), t.normalizers.Replace(" ", "▁")]
+        fast.normalizer = t.normalizers.Sequence(marks)
+    else:
+        words, digits = t.pre_tokenizers.ByteLevel(False), t.pre_tokenizers.Digits(True)
+        fast.pre_tokenizer = t.pre_tokenizers.Sequence([digits, words])
+        alphabet = t.pre_tokenizers.ByteLevel.alphabet()
+    trainer = t.trainers.BpeTrainer(
+        vocab_size=310, special_tokens=MARKS, initial_alphabet=alphabet, show_progress=False
+    )
+    fast.train_from_iterator(fuzz.TEXT.splitlines(), trainer)
+    return fast
+
+
+STYLES = {
+    # legacy: a space after each mark too, as tokenizer.json says; without it transformers 5 rewrites the file's rule
+    "llama2": {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "legacy": True},
+    "llama3": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>"},
+    "qwen2": {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None},
+    "mistral": {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": {"content": "<s>", "__type": "AddedToken"},
+    },
+    "smollm2": {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>"},
+}
+
+
+@pytest.mark.parametrize("added", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_token_ids_are_those_of_transformers_whatever_config_json_says_of_the_begin_token(
+    style, begins, added, place
+):
+    transformers, t = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    fast, begin = fast_tokenizer(style), "<s>" if style in ("llama2", "mistral") else MARKS[3]
+    if begins:
+        template = {"single": begin + " $A", "special_tokens": [(begin, MARKS.index(begin))]}
+        fast.post_processor = t.processors.TemplateProcessing(**template)
+    kind = style if style in ("mistral", "qwen2") else "llama"
+    settings = STYLES[style] | {"eos_token": "<|im_end|>"} | added
+    fields = fuzz.FIELDS | {"model_type": kind, "bos_token_id": 0, "eos_token_id": None}
+    folder = place("fast", config_json=fields, tokenizer_config_json=settings)
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.model").write_bytes((ROOT / "tiny" / "tokenizer.model").read_bytes())
+    ours = llama.Tokenizer(folder, 320)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("return x * 7 + y", "<|im_start|>the quick<|im_end|>fox"):
+        start = [ours.bos_id] * ours.adds_bos
+        assert start + ours.encode(text) == theirs(text).input_ids
+    assert ours.adds_bos == begins and ours.eos_ids == [4]
+
+
+def test_a_text_ends_at_any_end_that_generation_config_names_else_config_else_the_tokenizer(
+    small, tmp_path, monkeypatch
+):
+    folder = write_small(tmp_path / "m", eos_token_id=[2, 7])
+    monkeypatch.setattr(llama, "generate", lambda *a: iter([70, 71, end, 72]))
+    model, tokenizer = load_llama(folder)
+    two = tokenizer.decode([70, 71])
+    for end in (2, 7):
+        assert "".join(stream(model, tokenizer, "x", 99)) == two
+    (folder / "generation_config.json").write_text('{"eos_token_id": 9}')
+    end, tokenizer = 9, load_llama(folder)[1]
+    assert tokenizer.eos_ids == [9] and "".join(stream(model, tokenizer, "x", 99)) == two
+    (folder / "generation_config.json").unlink()
+    write_small(folder, eos_token_id=None)
+    assert load_llama(folder)[1].eos_ids == [2]
+
+
+def test_a_chat_mark_that_tokenizer_model_lacks_is_refused_and_ends_a_text(place):
+    added = {"<|im_start|>": 300, "<|im_end|>": 301}
+    named = {"eos_token": "<|im_end|>", "add_bos_token": False}
+    fields = fuzz.FIELDS | {"eos_token_id": None}
+    listed = {str(i): {"content": text} for text, i in added.items()}
+    for files in (
+        {"added_tokens_json": added, "tokenizer_config_json": named},
+        {"tokenizer_config_json": named | {"added_tokens_decoder": listed}},
+    ):
+        tokenizer = load_llama(place("plain", config_json=fields, **files))[1]
+        assert tokenizer.eos_ids == [301] and tokenizer.encode("return x")
+        assert not tokenizer.adds_bos
+        refuses(
+            tokenizer.encode, "<|im_start|>user", match="lacks the added token .*save_pretrained"
+        )

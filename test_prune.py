@@ -351,7 +351,7 @@ def test_packed_then_unpacked_is_what_plain_pruning_writes_offloaded_or_not(
             torch.equal(plain[n].view(torch.int32), other[n].view(torch.int32)) for n in plain
         )
     saved = (tmp_path / "plain" / "model.safetensors").stat().st_size - (
-        tmp_path / "packed" / "model.safetensors"
+        tmp_path / "packed" / "packed.safetensors"
     ).stat().st_size
     assert (
         0.97
@@ -673,7 +673,7 @@ def test_what_cannot_be_done_is_refused_before_the_first_of_a_batch_is_written(
         ("needs StratNet", (*asked, tmp_path / "a", "--preference", 0.4)),
         (
             "reaches 0.5 at most",
-            (*asked, tmp_path / "a", "--sparsity", 0.3, 0.7, "--pattern", "2:4"),
+            (*asked, tmp_path / "a", "--sparsity", 0.7, "--pattern", "2:4"),
         ),
         ("is a folder", (*asked, tmp_path / "a", "--json", tmp_path)),
         ("no earlier table", (*asked, tmp_path / "a", "--json", tmp_path / "thesis.tex")),
@@ -790,3 +790,17 @@ def test_a_confidence_asks_for_less_kl_than_the_budget_and_says_what_it_stays_be
     two = (*options(small, text), "--tokens", 128, "--uniform", "--max-kl", 0.3, *words)
     assert call(prune, *two, "--out", tmp_path / "no") == 2
     assert "three windows" in capsys.readouterr().err
+
+
+def test_a_wish_may_come_in_several_flags_and_a_second_test_text_is_refused(
+    small, text, tmp_path, capsys
+):
+    half = (*options(small, text), "--uniform", "--dry-run", "--sparsity", 0.5)
+    assert call(prune, *half, "--sparsity", 0.6, 0.7) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(0\.\d+) ", printed, re.M) == ["0.5", "0.6", "0.7"]
+    for name in "ab":
+        (tmp_path / name).write_text("x = 1\n" * 1000)
+    tests = ("--test", tmp_path / "a", "--test", tmp_path / "b")
+    assert call(prune, *half, *tests) == 2
+    assert "measures on one --test" in capsys.readouterr().err

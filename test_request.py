@@ -14,11 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import prune
 import request
 from checks import fuzz
-from conftest import ROOT, refuses, steady
+from conftest import CPU, ROOT, call, refuses, steady
 from eval import read_documents
-from llama import load_llama
+from llama import load_llama, save_llama
+from prune import Pruner
 from request import parse_request, read_requests
 
 
@@ -74,6 +76,18 @@ def test_text_and_requests_may_hold_any_unicode_but_names_and_numbers_may_not(tm
         path.write_text(json.dumps(row))
         refuses(read_requests, path)
         refuses(read_documents, path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_wish_for_a_size_is_met_from_a_packed_source_too(small, text, tmp_path, packed):
+    source = tmp_path / "source"
+    model, _ = load_llama(small)
+    save_llama(model, source, small, Pruner(model, torch.full((1, 8), 5)).masks([0.1] * 3), packed)
+    words = ("--model", source, "--data", text, "--seqlen", 64, "--tokens", 128, "--calibration", 4)
+    wish = ("--max-size", "1200k", "--uniform", "--packed", "--out", tmp_path / "out", *CPU)
+    assert call(prune, *words, *wish) == 0
+    size = (tmp_path / "out" / "packed.safetensors").stat().st_size
+    assert 0.97 * 1.2e6 <= size <= 1.2e6
 
 
 @pytest.mark.slow
