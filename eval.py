@@ -16,6 +16,7 @@ Full      python eval.py --model DIR --data wiki.test.raw --seqlen 2048 --tasks 
 import gzip
 import hashlib
 import importlib
+import itertools
 import json
 import lzma
 import math
@@ -45,6 +46,8 @@ from script import (
 )
 
 BATCH = 2048  # tokens that go through the blocks at once
+LARGE = 2**25  # bytes from which a file of JSON lines is not parsed whole
+POOL = 2**20  # tokens of a large file that windows are drawn from
 CHUNK = 2**20  # logits that exist at once: 4 MB in float32, which stay in the processor's cache
 
 
@@ -121,10 +124,10 @@ def read_bytes(path):
         raise Refused(f"text {path} is broken zstandard: {first_line(error)}") from None
 
 
-def read_raw(path):
-    """The text of a file, unpacked, without a byte order mark."""
+def decoded(path, raw):
+    """The text of a file's bytes, without a byte order mark."""
     try:
-        return read_bytes(path).decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused(f"text {path} is not UTF-8: {first_line(error)}") from None
 
@@ -148,12 +151,58 @@ def parquet_documents(path):
     """The documents of a parquet file. WikiText has a line in each row: it is one text, the string
     that `wikitext` makes of the .raw file.
     """
-    rows = read_parquet(path, ["text"])["text"].to_pylist()
+    column = read_parquet(path, ["text"])["text"]
+    rows = column.slice(0, None if column.nbytes < LARGE else 1000).to_pylist()
     if not all(isinstance(row, str) for row in rows):
         raise Refused(f"text {path} does not have a text in each row")
     if all(row == "" or row.find("\n") == len(row) - 1 for row in rows):
-        return ["\n\n".join(rows)]
+        return ["\n\n".join(column.to_pylist())]
+    if len(rows) < len(column):
+        return Lazy(lambda i: (column[i].as_py() or "") + "\n\n", np.arange(len(column)))
     return [row + "\n\n" for row in rows]
+
+
+class Lazy:
+    """Documents of a large file, parsed one by one when they are asked for.
+
+    text   key -> document;  keys: (n,) numpy array. A part of them, by slice or by order, is Lazy.
+    """
+
+    def __init__(self, text, keys):
+        self.text, self.keys = text, keys
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, part):
+        return Lazy(self.text, self.keys[part])
+
+    def __iter__(self):
+        return map(self.text, self.keys)
+
+
+def large_documents(path, raw):
+    """The rows of large JSON lines `raw`, bytes, which are never copied: a shard of C4 has 825 MB.
+    None for any other text. A row without a text is refused only when it is asked for.
+    """
+    begin = 3 if raw[:3] == b"\xef\xbb\xbf" else 0
+    starts = []
+    while 0 <= begin < len(raw):
+        starts.append(begin)
+        begin = raw.find(b"\n", begin) + 1 or len(raw)
+
+    def text(start):
+        end = raw.find(b"\n", start)
+        try:
+            return json.loads(raw[start : None if end < 0 else end])["text"] + "\n\n"
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise Refused(f"text {path}: no JSON object with a text at byte {start}") from None
+
+    try:
+        text(starts[0])
+    except Refused:
+        return None
+    return Lazy(text, np.array([s for s in starts if raw[s : s + 1] not in (b"\n", b"\r", b"")]))
 
 
 def read_documents(path):
@@ -161,7 +210,7 @@ def read_documents(path):
     path = Path(path)
     parquet = path.suffix.lower() == ".parquet"
     documents = parquet_documents(path) if parquet else text_documents(path)
-    if not any(d.strip() for d in documents):
+    if not any(d.strip() for d in documents):  # stops at the first that is not
         raise Refused(f"text {path} is empty")
     return documents
 
@@ -170,7 +219,11 @@ def text_documents(path):
     """JSON lines or a JSON list, recognised by content, give each row's "text" and a blank line
     (C4), .raw the WikiText string, anything else is one text.
     """
-    raw = read_raw(path)
+    raw = read_bytes(path)
+    lazy = large_documents(path, raw) if len(raw) >= LARGE else None
+    if lazy is not None:
+        return lazy
+    raw = decoded(path, raw)
     names = [suffix.lower() for suffix in path.suffixes]
     rows = json_rows(raw)
     if rows is not None and all(isinstance(row.get("text"), str) for row in rows):
@@ -180,12 +233,16 @@ def text_documents(path):
     return [wikitext(raw) if ".raw" in names else raw]
 
 
-def tokenise(tokenizer, documents):
+def tokenise(tokenizer, documents, enough=math.inf):
     """Documents, each tokenised once, one after the other -> (N,) long, the begin token in front
-    where the tokenizer adds it.
+    where the tokenizer adds it; no more documents once there are `enough` tokens.
     """
-    ids = [[tokenizer.bos_id] * tokenizer.adds_bos, *tokenizer.encode(documents)]
-    return torch.from_numpy(np.concatenate([np.array(i, dtype=np.int64) for i in ids]))
+    ids = [np.array([tokenizer.bos_id] * tokenizer.adds_bos, dtype=np.int64)]
+    count, documents = 0, iter(documents)
+    while count < enough and (some := list(itertools.islice(documents, 256))):
+        ids += [np.array(i, dtype=np.int64) for i in tokenizer.encode(some)]
+        count += sum(map(len, ids[-len(some) :]))
+    return torch.from_numpy(np.concatenate(ids))
 
 
 def cut(tokens, seqlen):
@@ -203,12 +260,15 @@ def split_documents(documents, name):
     return documents[:share], {f"last fifth of {name}": documents[share:]}
 
 
-def load_texts(tokenizer, data, tests, seqlen):
+def load_texts(tokenizer, data, tests, seqlen, seed=0, enough=0):
     """-> windows (n, seqlen) to choose on, {name: windows} to test on; no window is in both.
 
     data      file for calibration and search, None = the embedded default; without `tests`, its
               last fifth is kept for testing, by document where it has five or more
     tests     files, none of which may be `data` or hold a window of it: Refused
+    Of JSON lines from LARGE bytes on, documents to choose on are drawn in an order of `seed` and
+    tokenised until there are POOL tokens, or `enough`; those to test on from the first one on.
+    Windows of any smaller text are all of its windows.
     """
     documents = stdlib_files(False) if data is None else read_documents(data)
     if tests:
@@ -220,16 +280,29 @@ def load_texts(tokenizer, data, tests, seqlen):
     else:
         windows = cut(tokenise(tokenizer, documents), seqlen)
         return split_documents(windows, Path(data).name)
-    held_out = {name: cut(tokenise(tokenizer, d), seqlen) for name, d in held_out.items()}
-    tokens = tokenise(tokenizer, documents)
+    if isinstance(documents, Lazy):
+        documents = documents[np.random.default_rng(seed).permutation(len(documents))]
+    tokens = tokenise_pool(tokenizer, documents, enough)
     chosen_on = cut(tokens, seqlen)
-    for name, windows in held_out.items() if tests else ():
+    held_out = {n: cut(tokenise_pool(tokenizer, d), seqlen) for n, d in held_out.items()}
+    if tests:
+        refuse_shared(tokens, held_out)
+    return chosen_on, held_out
+
+
+def tokenise_pool(tokenizer, documents, enough=0):
+    """All tokens; of a large file POOL of them, or `enough`."""
+    large = isinstance(documents, Lazy)
+    return tokenise(tokenizer, documents, max(POOL, enough) if large else math.inf)
+
+
+def refuse_shared(tokens, held_out):
+    for name, windows in held_out.items():
         if shared := count_shared(windows, tokens):
             raise Refused(
                 f"{shared} of {len(windows)} windows of --test {name} are in --data too: what is"
                 " tested on must be unseen"
             )
-    return chosen_on, held_out
 
 
 def named_tests(data, tests):
@@ -589,7 +662,7 @@ def read_rows(folder, task, limit=None):
     if path.suffix == ".parquet":
         rows = read_parquet(path).slice(0, limit).to_pylist()
     else:
-        raw = read_raw(path)
+        raw = decoded(path, read_bytes(path))
         rows = json_rows(raw) if raw.strip() else []
     if rows is None:
         raise Refused(f"task file {path} cannot be read: not a JSON object in each row")
@@ -734,7 +807,7 @@ def main():
     seqlen = args.seqlen or min(2048, positions)
     if seqlen > positions:
         raise Refused(f"--seqlen {seqlen}: this model has {positions} positions")
-    tokens = tokenise(tokenizer, documents)[: args.tokens]
+    tokens = tokenise(tokenizer, documents, args.tokens or math.inf)[: args.tokens]
     windows = cut(tokens, seqlen)
     if args.accelerate:
         show_speed_up(model, windows, device)

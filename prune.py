@@ -371,9 +371,10 @@ def prepare(args, device, dtype, search_tokens):
     seqlen = args.seqlen or min(512, positions)
     if not 2 <= seqlen <= positions:
         raise Refused(f"--seqlen {seqlen}: this model has 2 to {positions} positions")
-    windows, held_out = load_texts(tokenizer, args.data, args.test, seqlen)
     searched = max(1, search_tokens // seqlen)
     wanted = args.calibration
+    enough = ((wanted or 64) + searched + 1) * seqlen
+    windows, held_out = load_texts(tokenizer, args.data, args.test, seqlen, args.seed, enough)
     if wanted is None:  # a refit learns from its windows: it gains from every one up to 64
         wanted = max(1, min(64 if args.refit else 32, len(windows) - searched))
     calibration, search = draw(windows, [wanted, searched], args.seed)

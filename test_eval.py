@@ -609,3 +609,37 @@ def test_a_missing_optional_package_is_named(tmp_path, monkeypatch):
             monkeypatch.setitem(sys.modules, package, None)
         match = f"{name} needs one more package: pip install {packages[-1]}"
         refuses(evaluation.read_documents, tmp_path / name, match=match)
+
+
+def test_of_a_large_file_documents_are_drawn_by_the_seed_and_only_as_many_as_are_needed(
+    tmp_path, monkeypatch
+):
+    tokenizer = llama.Tokenizer(ROOT / "tiny", 4096)
+    texts = [f"document {i} of many, " * 3 + f"its end is {i}" for i in range(2000)]
+    rows = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "c4.json").write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(rows).encode() + b"\n")
+    (tmp_path / "c4.json.gz").write_bytes(gzip.compress((tmp_path / "c4.json").read_bytes()))
+    write_parquet(tmp_path / "c4.parquet", [{"text": text} for text in texts])
+    whole, tested = evaluation.load_texts(tokenizer, tmp_path / "c4.json", None, 16)
+    first = evaluation.tokenise(tokenizer, evaluation.read_documents(tmp_path / "c4.json"), 99)
+    monkeypatch.setattr(evaluation, "LARGE", 1000)
+    monkeypatch.setattr(evaluation, "POOL", 2000)
+    drawn = {}
+    for name, seed in itertools.product(("c4.json", "c4.json.gz", "c4.parquet"), (0, 0, 1)):
+        documents = evaluation.read_documents(tmp_path / name)
+        assert isinstance(documents, evaluation.Lazy)
+        assert list(documents) == [text + "\n\n" for text in texts]
+        assert torch.equal(evaluation.tokenise(tokenizer, documents, 99), first)
+        windows, held_out = evaluation.load_texts(tokenizer, tmp_path / name, None, 16, seed)
+        assert torch.equal(windows, drawn.setdefault(seed, windows))  # same seed, same windows
+        (unseen,) = held_out.values()
+        assert torch.equal(unseen, next(iter(tested.values()))[: len(unseen)])  # as of a small one
+        assert 2000 / 16 <= len(windows) < len(whole) / 2
+    assert not torch.equal(drawn[0][:50], drawn[1][:50])
+    many, _ = evaluation.load_texts(tokenizer, tmp_path / "c4.json", None, 16, 0, 20000)
+    assert len(many) >= 1250 and torch.equal(many[:100], drawn[0][:100])
+    (tmp_path / "plain.txt").write_text("{not JSON}\n" * 200)
+    assert len(evaluation.read_documents(tmp_path / "plain.txt")) == 1
+    (tmp_path / "flawed.json").write_text("\n".join([*rows[:200], "{no}"]))
+    flawed = evaluation.read_documents(tmp_path / "flawed.json")
+    refuses(evaluation.tokenise, tokenizer, flawed, match="no JSON object with a text at byte")
