@@ -36,6 +36,7 @@ from script import (
     add_texts,
     at_least,
     choose_device,
+    choose_tokens,
     run,
     sha256,
     write_json,
@@ -249,23 +250,28 @@ def fingerprint(args):
     return sources(args) | {name: getattr(args, name) for name in own}
 
 
-def join_processes(device):
-    """Under torchrun: join its processes. Returns this one's device, and whether it is its
-    machine's first, which prints and writes what is not its own."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+def join_processes():
+    """Under torchrun: join its processes. Whether this one is the first of all machines', which
+    prints and writes what is not its own."""
     if "RANK" in os.environ:  # started by torchrun
-        if device.type == "cuda":  # pragma: no cover (needs CUDA)
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
         dist.init_process_group("gloo")  # a handful of numbers: nccl would hide a dead peer
-    return device, local_rank == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def from_the_first(first, make):
+    """What `make` returns in the first process, in all processes: none of the others calls it."""
+    if not dist.is_initialized():
+        return make()
+    made = [make() if first else None]
+    dist.broadcast_object_list(made, 0)
+    return made[0]
 
 
 def clear(out, first, resume):
     """Remove the journals of an earlier run, before anybody measures."""
     if first and not resume:
         for path in out.glob("evaluations.*.json"):
-            path.unlink()
+            path.unlink(missing_ok=True)
     if dist.is_initialized():
         dist.barrier()
 
@@ -337,11 +343,12 @@ class Run:
 
     def __init__(self, args):
         self.args, self.started = args, time.perf_counter()
-        device, self.dtype, self.reason = choose_device(args.device, args.dtype)
-        self.device, self.first = join_processes(device)
+        self.device, self.dtype, reason = choose_device(args.device, args.dtype)
+        self.reason = choose_tokens(args, self.device, reason)
+        self.first = join_processes()
         args.dtype = str(self.dtype)[6:]
         self.setting = prepare(args, self.device, self.dtype, args.tokens)
-        self.inputs = fingerprint(args)
+        self.inputs = from_the_first(self.first, lambda: fingerprint(args))
 
     def seconds(self):
         return time.perf_counter() - self.started
@@ -391,7 +398,7 @@ def main():
     if dist.is_initialized():
         dist.destroy_process_group()
     if not this.first:
-        return  # one process of each machine measures the table and writes the files
+        return  # one process measures the table and writes the files
     searched = this.seconds()
     about = this.inputs | {"evaluations": len(result.log)}
     save_search(args.out, result, curves, about)
