@@ -30,6 +30,7 @@ from script import (
     add_texts,
     at_least,
     choose_device,
+    choose_tokens,
     run,
     sha256,
     write_json,
@@ -214,7 +215,7 @@ def time_packing(table, pruner):
 
 def time_sparse_products(table, pruner):
     W, ranks = middle_matrix(pruner)
-    x = torch.randn(W.shape[1], 256)
+    x = torch.randn(W.shape[1], 256, device=W.device)
     for s in (0.5, 0.6, 0.7, 0.8, 0.9):
         pruned = torch.where(ranks >= s * W.shape[1], W.float(), 0)
         with warnings.catch_warnings():
@@ -424,6 +425,7 @@ def main():
     args = arguments()
     started = time.perf_counter()
     device, dtype, reason = choose_device(args.device, args.dtype)
+    reason = choose_tokens(args, device, reason)
     args.dtype = str(dtype)[6:]
     inputs = sources(args) | {
         "tests": {path.name: sha256(path) for path in args.test or []},

@@ -46,6 +46,7 @@ from script import (
     add_texts,
     at_least,
     choose_device,
+    choose_tokens,
     read_json,
     run,
     sha256,
@@ -868,6 +869,7 @@ def main():
     args = arguments()
     started = time.perf_counter()
     device, dtype, reason = choose_device(args.device, args.dtype)
+    reason = choose_tokens(args, device, reason)
     args.dtype = str(dtype)[6:]
     inputs = describe(args, device)
     threads = inputs["threads"]

@@ -85,10 +85,11 @@ def add_pass(pruner, window, generator, table):
     gradient = output_gradient(model, inputs.pop(), generator)
     for i, block in zip(reversed(range(len(inputs))), reversed(model.blocks)):
         gradient, G = block_gradients(block, inputs[i], rotary, gradient)
-        for j, g in enumerate(G):
-            W, ranks = pruner.dense[i][j].to(g.device), pruner.ranks[i][j].to(g.device)
-            sums = dropped_sums(g, W, ranks)
-            table[i, j] += (sums**2).sum(0).cpu() / (2 * len(window))
+        damage = []
+        for W, g, ranks in zip(pruner.dense[i], G, pruner.ranks[i]):
+            sums = dropped_sums(g, W.to(g.device), ranks.to(g.device))
+            damage.append((sums**2).sum(0))
+        table[i] += torch.stack(damage).cpu() / (2 * len(window))
 
 
 def damage_table(pruner, windows, passes=PASSES, tokens=PASS_TOKENS, seed=0):

@@ -43,6 +43,7 @@ from script import (
     first_line,
     refuse_pointer,
     run,
+    send,
 )
 
 BATCH = 2048  # tokens that go through the blocks at once
@@ -400,7 +401,7 @@ def perplexity(model, tokens, seqlen=None):
     seqlen = seqlen or min(2048, model.config.max_position_embeddings)
     total, count = 0.0, 0
     for w in tqdm(batches(cut(tokens, seqlen)), desc="perplexity", disable=None, leave=False):
-        w = w.to(model.embed.weight.device)
+        w = send(w, model.embed.weight.device)
         states = model.hidden(w)[:, :-1].flatten(0, 1)
         nll, _ = token_losses(model.head.weight, states, w[:, 1:].flatten())
         total += nll.sum()
@@ -464,9 +465,9 @@ class Divergence:
             kl = kl + divergence.sum()
             each.append(divergence.view(w.shape).mean(1))
         self.of_windows = torch.cat(each)  # (n,) KL of each window
+        kl, loss = torch.stack([kl, loss]).tolist()  # the one wait for the device
         scored = self.windows.numel() - len(self.windows)
-        ppl = math.exp(min(float(loss) / scored, 700))
-        return max(float(kl) / self.windows.numel(), 0.0), ppl
+        return max(kl / self.windows.numel(), 0.0), math.exp(min(loss / scored, 700))
 
     def at_most(self, confidence):
         """What the KL of the last measured model on all such text stays below with probability
@@ -604,8 +605,8 @@ def log_likelihoods(model, pairs, label=""):
             size = max(1, BATCH // width)
             chosen, order = order[:size], order[size:]
             batch = Batch([pairs[i] for i in chosen], room)
-            scored = batch.scored(model.hidden(batch.tokens().to(device)))
-            nll, _ = token_losses(model.head.weight, scored, batch.targets().to(device))
+            scored = batch.scored(model.hidden(send(batch.tokens(), device)))
+            nll, _ = token_losses(model.head.weight, scored, send(batch.targets(), device))
             result[chosen] = -torch.stack([x.sum() for x in nll.cpu().split(batch.counts)])
             bar.update(len(chosen))
     return result
@@ -701,17 +702,27 @@ def zero_shot_table(model, tokenizer, folder, limit=None, reference=None):
 
 
 # -------------------------------------------------------------------------- semi-structured kernels
-def accelerate(model):  # pragma: no cover (needs CUDA)
+def has_two_in_four(W):
+    return W.shape[1] % 4 == 0 and int((W.view(-1, 4) != 0).sum(1).max()) <= 2
+
+
+def suits_kernels(W):
+    """The semi-structured kernels take float16 and bfloat16, both dimensions multiples of 16."""
+    short = W.dtype in (torch.float16, torch.bfloat16)
+    return short and W.shape[0] % 16 == 0 and W.shape[1] % 16 == 0
+
+
+def accelerate(model):
     """Put block Linears with a 2:4 pattern on torch's semi-structured kernels (NVIDIA, compute
-    capability 8 and newer): how many.
+    capability 8 and newer): how many, and how many with the pattern do not suit them.
     """
     linears = [m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
-    linears = [m for m in linears if m.in_features % 4 == 0]
-    fitting = [m for m in linears if int((m.weight.view(-1, 4) != 0).sum(1).max()) <= 2]
+    patterned = [m for m in linears if has_two_in_four(m.weight)]
+    fitting = [m for m in patterned if suits_kernels(m.weight)]
     for m in fitting:
         sparse = torch.sparse.to_sparse_semi_structured(m.weight)
         m.weight = torch.nn.Parameter(sparse, requires_grad=False)
-    return len(fitting)
+    return len(fitting), len(patterned) - len(fitting)
 
 
 @torch.inference_mode()
@@ -729,17 +740,19 @@ def show_speed_up(model, windows, device):
     """Move 2:4 blocks to semi-structured kernels and print how much faster a forward pass is;
     elsewhere say that it is not.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
         print(
-            f"no speed-up on {device}: torch's semi-structured kernels need an NVIDIA GPU; the"
-            " dense kernels are used"
+            f"no speed-up on {device}: torch's semi-structured kernels need an NVIDIA GPU from"
+            " compute capability 8 on; the dense kernels are used"
         )
         return
-    batch = batches(windows)[0].to(device)  # pragma: no cover (needs CUDA)
+    batch = batches(windows)[0].to(device)
     plain = seconds(model, batch)
-    moved = accelerate(model)
+    moved, left = accelerate(model)
     times = plain / seconds(model, batch)
     print(f"{moved} Linears on semi-structured kernels: {times:.2f} times as fast as dense")
+    if left:
+        print(f"{left} left out: they want 16-bit floats, and dimensions that are multiples of 16")
 
 
 # ------------------------------------------------------------------------------------- command line

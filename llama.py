@@ -36,6 +36,7 @@ from script import (
     read_json,
     refuse_pointer,
     run,
+    send,
     usual_mode,
 )
 
@@ -84,15 +85,34 @@ def unpack(mask, values, d_in, name=""):
     """The inverse of `pack`, +0.0 where nothing was kept; Refused when mask and values do not fit
     together.
     """
-    table = (torch.arange(256)[:, None] >> torch.arange(8) & 1).bool()
-    kept = table.index_select(0, mask.flatten().int()).view(len(mask), -1)
-    place = kept[:, :d_in].flatten().cumsum(0, dtype=torch.int32)
-    if int(kept.sum()) != len(values) or kept[:, d_in:].any():
+    check_packed(mask, values, d_in, name)
+    return expand(mask, values, d_in)
+
+
+def bits_of_bytes(device):
+    """(256, 8) bool: bit j of every byte."""
+    columns = torch.arange(8, device=device)
+    return (torch.arange(256, device=device)[:, None] >> columns & 1).bool()
+
+
+def check_packed(mask, values, d_in, name):
+    """Refused unless the mask keeps as many weights as there are values, and no unused bit is set.
+    Where both are read, so that no device has to be waited for.
+    """
+    counts = bits_of_bytes(mask.device).sum(1, dtype=torch.int32)
+    count = int(counts.index_select(0, mask.flatten().int()).sum())
+    if count != len(values) or (d_in % 8 and (mask[:, -1] >> d_in % 8).any()):
         raise Refused(
-            f"packed tensor {name} keeps {int(kept.sum())} weights, but {len(values)} values are"
-            " there"
+            f"packed tensor {name} keeps {count} weights, but {len(values)} values are there"
         )
-    place.mul_(kept[:, :d_in].flatten())  # 0 where nothing is kept: the zero in front of the values
+
+
+def expand(mask, values, d_in):
+    """W (d_out, d_in) of a mask and values that fit together, where they are."""
+    kept = bits_of_bytes(mask.device).index_select(0, mask.flatten().int())
+    kept = kept.view(len(mask), -1)[:, :d_in].flatten()
+    place = kept.cumsum(0, dtype=torch.int32)
+    place.mul_(kept)  # 0 where nothing is kept: the zero in front of the values
     return torch.cat([values.new_zeros(1), values]).index_select(0, place).view(len(mask), d_in)
 
 
@@ -365,20 +385,19 @@ def check_tensor(path, name, shape, dtype, right):
         )
 
 
-def read_tensors(path, names, d_in):
-    """Yield (name, tensor) of the file `path`, memory-mapped, packed matrices unpacked; d_in:
-    {name: columns}.
+def read_tensors(path, names, d_in, device=torch.device("cpu")):
+    """Yield (name, tensor) of the file `path` on `device`, as stored (on the CPU memory-mapped),
+    packed matrices unpacked there; d_in: {name: columns}.
     """
     with open_weights(path) as f:
         for name in names:
             owner = dense_name(name)
             if name.endswith(".mask"):
-                yield (
-                    owner,
-                    unpack(f.get_tensor(name), f.get_tensor(owner + ".kept"), d_in[owner], name),
-                )
+                mask, values = f.get_tensor(name), f.get_tensor(owner + ".kept")
+                check_packed(mask, values, d_in[owner], name)
+                yield owner, expand(send(mask, device), send(values, device), d_in[owner])
             elif not name.endswith(".kept"):
-                yield name, f.get_tensor(name)
+                yield name, send(f.get_tensor(name), device)
 
 
 def empty_llama(folder, files):
@@ -403,29 +422,31 @@ def empty_llama(folder, files):
 
 
 def load_llama(path, device="cpu", dtype=torch.float32):
-    """Read a Hugging Face folder -> (Llama, Tokenizer), weights cast to `dtype` on `device`, one
-    tensor at a time.
+    """Read a Hugging Face folder -> (Llama, Tokenizer), weights sent to `device` as they are stored
+    and cast to `dtype` there, one tensor at a time.
 
     The folder holds config.json; model.safetensors, or shards with an index, plain or packed; and
     tokenizer.model or tokenizer.json. Refused, in one line, whatever does not fit: a missing, extra
     or misshapen tensor is named.
     """
-    folder = Path(path)
+    folder, device = Path(path), torch.device(device)
     files = weight_files(folder)
     model = empty_llama(folder, files)
     tokenizer = Tokenizer(folder, model.config.vocab_size)
     columns = {name: p.shape[-1] for name, p in model.state_dict().items()}
+    mapped = device.type == "cpu"  # from the file, which the model must not hold
     for file, names in files.items():
-        for name, tensor in read_tensors(file, names, columns):
+        ends = {}
+        for name, tensor in read_tensors(file, names, columns, device):
             if name not in columns:
                 continue
             # NaN goes through both; nothing is allocated
-            if not all(map(math.isfinite, tensor.aminmax())):
-                raise Refused(f"{file}: tensor {name} holds NaN or infinite weights")
+            ends[name] = torch.stack(tensor.aminmax()).float()
             owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+            parameter = nn.Parameter(tensor.to(dtype, copy=mapped), requires_grad=False)
             setattr(model.get_submodule(owner), leaf, parameter)
             del tensor  # the last one would keep the whole shard in memory
+        check_finite(file, ends)
     if model.config.tie_word_embeddings:
         tie_head(model)
     return model.eval(), tokenizer
@@ -440,29 +461,47 @@ def tie_head(model):
         model.lm_head.weight = embeddings
 
 
+def check_finite(file, ends):
+    """Refused when a tensor's least or largest weight is not finite; ends: {name: (2,) float32},
+    read at once.
+    """
+    for name, pair in zip(ends, torch.stack(list(ends.values())).tolist() if ends else ()):
+        if not all(map(math.isfinite, pair)):
+            raise Refused(f"{file}: tensor {name} holds NaN or infinite weights")
+
+
 # -------------------------------------------------------------------------------------- writing
 def surviving(live, value):
     """Without masks: what is +0.0 in the live weights and not 0 in the source's `value` is pruned
     -> (d_out, d_in) bool.
     """
-    live = live.detach().cpu()
+    live = live.detach()
     return (live != 0) | live.signbit() | (value.to(live.dtype) == 0)
 
 
 def pruned_tensors(path, names, live, masks, values, packed):
-    """{stored name: tensor} of one source file, pruned: values are the file's own, in its dtype."""
-    tensors = {}
+    """{stored name: tensor} of one source file, pruned: values are the file's own, in its dtype.
+
+    Where the masks are; on CUDA without a wait for each matrix, into pinned memory.
+    """
+    tensors, device = {}, next(iter(live.values())).device
+    back = lambda tensor: tensor.to("cpu", non_blocking=True)
     for name, value in read_tensors(path, names, {n: p.shape[-1] for n, p in live.items()}):
         value = values.get(name, value)
         kept = None if masks is None else masks.get(name)
         if masks is None and name.endswith("_proj.weight"):
+            value = send(value, live[name].device)
             kept = surviving(live[name], value)
         if kept is None:
             tensors[name] = value
-        elif packed:
-            tensors[name + ".mask"], tensors[name + ".kept"] = pack(value, kept.cpu())
+            continue
+        value = value if value.device == kept.device else send(value, kept.device)
+        if packed:
+            tensors[name + ".mask"], tensors[name + ".kept"] = map(back, pack(value, kept))
         else:
-            tensors[name] = torch.where(kept.cpu(), value, torch.zeros((), dtype=value.dtype))
+            tensors[name] = back(value.where(kept, value.new_zeros(())))
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
     return tensors
 
 
@@ -499,7 +538,8 @@ def save_llama(model, folder, source, masks=None, packed=False, values=None):
         raise Refused(f"{folder} cannot be written while it is read: save to another folder")
     folder.mkdir(parents=True, exist_ok=True)
     live = dict(model.named_parameters())
-    metadata = {"format": "pt", "unicuco_packed": "1"} if packed else {"format": "pt"}
+    # one key: the order of two would change from run to run
+    metadata = {"unicuco_packed": "1"} if packed else {"format": "pt"}
     for path, names in weight_files(source).items():
         tensors = pruned_tensors(path, names, live, masks, values or {}, packed)
         file = folder / weight_name(path.name, packed)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from script import Refused, read_json
+from script import Refused, read_json, send
 
 # the matrices of a block that pruning touches; embeddings, norms and head stay
 LINEARS = (
@@ -354,7 +354,7 @@ def generate(model, tokens, count, temperature=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (2, c.num_hidden_layers, 1, c.num_key_value_heads, room, c.head_dim)
     keys, values = torch.empty(shape, dtype=like.dtype, device=like.device)
-    start, step = 0, torch.tensor([tokens], device=like.device)
+    start, step = 0, send(torch.tensor([tokens]), like.device)
     for _ in range(count):
         h = model.hidden(step, [(k, v, start) for k, v in zip(keys, values)])
         logits = model.head(h[:, -1]).float()[0].cpu() / (temperature or 1)
@@ -368,4 +368,5 @@ def generate(model, tokens, count, temperature=0.0, seed=0):
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         yield int(token)
         start += step.shape[1]
-        step = torch.tensor([[int(token)]], device=like.device)
+        # filled there by a kernel: a tensor of numbers would be a second wait for the device
+        step = torch.full((1, 1), int(token), device=like.device)

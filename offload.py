@@ -31,7 +31,7 @@ class Offloaded(torch.nn.ModuleList):
         self.device = device
         # in tuples: not part of the model
         self.rooms = [(copy.deepcopy(blocks[0]).to(device),) for _ in range(2)]
-        if device.type == "cuda":  # pragma: no cover (needs CUDA)
+        if device.type == "cuda":
             for p in self.parameters():
                 p.data = p.data.pin_memory()
 
@@ -46,21 +46,25 @@ class Offloaded(torch.nn.ModuleList):
         order = list(order)
         cuda = self.device.type == "cuda"
         side = torch.cuda.Stream(self.device) if cuda else None
-        following = self.fetch(order[0], 0, side)
-        for place in range(len(order)):
-            room, last = following, place + 1 == len(order)
-            if cuda:  # pragma: no cover (needs CUDA)
-                torch.cuda.current_stream(self.device).wait_stream(side)
-                if not last:  # copied while this one computes
+        try:
+            following = self.fetch(order[0], 0, side)
+            for place in range(len(order)):
+                room, last = following, place + 1 == len(order)
+                if cuda:
+                    torch.cuda.current_stream(self.device).wait_stream(side)
+                    if not last:  # copied while this one computes
+                        following = self.fetch(order[place + 1], place + 1, side)
+                yield room
+                if not (last or cuda):
                     following = self.fetch(order[place + 1], place + 1, side)
-            yield room
-            if not (last or cuda):
-                following = self.fetch(order[place + 1], place + 1, side)
+        finally:
+            if cuda:  # whoever goes on may write the weights in host memory: nothing reads them now
+                side.synchronize()
 
     def fetch(self, i, place, side):
         """Copy block i into a room, on the stream `side` if there is one."""
         (room,) = self.rooms[place % 2]
-        if side is not None:  # pragma: no cover (the room is free once its last block has computed)
+        if side is not None:  # the room is free once its last block has computed
             side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for here, there in zip(room.parameters(), self[i].parameters()):

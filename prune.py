@@ -51,6 +51,7 @@ from script import (
     add_texts,
     at_least,
     choose_device,
+    choose_tokens,
     new_folder,
     refuse_to_overwrite,
     refuse_to_replace,
@@ -63,6 +64,7 @@ from script import (
 from unicuco import Layout, Trained, cap_divergence, load_stratnet, strategy_for, trained_on_prior
 
 CHUNK = 2**21  # weights ranked at once: their 64-bit keys take 16 MB
+CUDA_CHUNK = 2**24  # and on CUDA, where every chunk is a launch: scores and places, 200 MB
 
 
 # --------------------------------------------------------------------------------- scores and ranks
@@ -88,40 +90,44 @@ def stable_order(scores):
     """Columns of each row of scores (rows, d_in) float32 in ascending order, ties in column order:
     (rows, d_in) int64.
 
-    A non-negative float orders like its bits, so (bits, column) in one 64-bit key makes plain
-    sorting stable.
+    A non-negative float orders like its bits, so on the CPU (bits, column) in one 64-bit key makes
+    plain sorting stable; CUDA's radix sort is stable by itself.
     """
+    if scores.is_cuda:
+        return scores.sort(dim=-1, stable=True).indices
     columns = torch.arange(scores.shape[1], device=scores.device)
     keys = scores.contiguous().view(torch.int32).long()
     keys = keys.bitwise_left_shift_(24).bitwise_or_(columns)
-    if keys.is_cuda:
-        ordered = keys.sort(-1).values
-    else:
-        ordered = torch.from_numpy(np.sort(keys.numpy()))  # numpy sorts with SIMD
-    return ordered.bitwise_and_(2**24 - 1)
+    return torch.from_numpy(np.sort(keys.numpy())).bitwise_and_(2**24 - 1)  # SIMD, in numpy
 
 
 def rank(score):
     """Place of each weight in its row's score order, (d_out, d_in) int16 (int32 from 32768
     columns): 0 goes first.
 
-    score     (d_out, d_in) float32, non-negative and not NaN (Refused); equal scores fall in column
-              order
+    score     (d_out, d_in) float32, non-negative and not NaN: see `check_scores`; equal scores fall
+              in column order
     """
     d_in = score.shape[1]
-    if not float(score.sum()) < float("inf"):
-        raise Refused(
-            "pruning scores are NaN or infinite: the weights or the activations of the model"
-            " overflow"
-        )
     columns = torch.arange(d_in, device=score.device).to(
         torch.int16 if d_in < 2**15 else torch.int32
     )
     ranks = torch.empty(score.shape, dtype=columns.dtype, device=score.device)
-    rows = max(1, CHUNK // d_in)
+    rows = max(1, (CUDA_CHUNK if score.is_cuda else CHUNK) // d_in)
     for scores, out in zip(score.split(rows), ranks.split(rows)):
         out.scatter_(1, stable_order(scores), columns.expand(len(scores), -1))
     return ranks
+
+
+def check_scores(sums):
+    """Refused when one of the scores that were summed is NaN or infinite; sums: 0-dim tensors, read
+    at once.
+    """
+    if not all(total < float("inf") for total in torch.stack(sums).tolist()):
+        raise Refused(
+            "pruning scores are NaN or infinite: the weights or the activations of the model"
+            " overflow"
+        )
 
 
 def keep_mask(score, sparsity):
@@ -134,6 +140,7 @@ def keep_mask(score, sparsity):
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity} is outside 0 to 1")
+    check_scores([score.float().sum()])
     return rank(score.float()) >= weights_to_drop(sparsity, score.shape[1])
 
 
@@ -242,16 +249,23 @@ class Pruner:
         ]
         self.dense = [[W.clone() for W in block] for block in self.live]
         self.ranks = [
-            [self.rank(W, norms[name]) for W, name in zip(*pair)]
-            for pair in tqdm(
+            self.rank_block(block, [norms[name] for name in names])
+            for block, names in tqdm(
                 list(zip(self.dense, self.names)), desc="ranking", disable=None, leave=False
             )
         ]
         shapes = torch.tensor([W.shape for W in self.live[0]], dtype=torch.float64)
         self.d_out, self.d_in = shapes.T  # (7,) each, the same in every block
 
-    def rank(self, W, x_norm):
-        return rank(self.score(W.to(x_norm.device), x_norm)).to(W.device)
+    def rank_block(self, block, norms):
+        """The ranks of one block's matrices, where they are; computed where the norms are."""
+        ranks, sums = [], []
+        for W, x_norm in zip(block, norms):
+            score = self.score(W.to(x_norm.device), x_norm)
+            sums.append(score.sum())
+            ranks.append(rank(score).to(W.device))
+        check_scores(sums)
+        return ranks
 
     def full(self, strategy):
         """A strategy as one sparsity in [0, 1) for each Linear, (d, 7) float64; (d,) gives a
@@ -741,6 +755,7 @@ def main():
     if args.model.is_dir():
         files_to_copy(args.model)  # refused now, not after an hour of work
     device, dtype, reason = choose_device(args.device, args.dtype)
+    reason = choose_tokens(args, device, reason)
     service = Service(args, device, dtype)
     table = Table([r["name"] for r in requests], silent=args.json == "-")
     table.say(

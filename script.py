@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -24,6 +25,12 @@ from safetensors import SafetensorError
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+OUT_OF_MEMORY = (
+    "the GPU's memory is too small: --offload of prune.py and train.py keeps the blocks in host"
+    " memory"
+)
 
 
 # ------------------------------------------------------------------------------------ errors
@@ -84,6 +91,8 @@ def run(main, hint=""):
         if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun's first process says the same
             sys.exit(2)
         fail(error)
+    except torch.cuda.OutOfMemoryError as error:
+        fail(f"{OUT_OF_MEMORY} ({first_line(error)})")
     except (OSError, SafetensorError) as error:  # the second: a full disk while weights are written
         fail(error)
 
@@ -148,7 +157,8 @@ def add_texts(parser, tokens_help="tokens of one measurement of f2", windows=32)
     calibration = "calibration windows"
     if windows is None:
         calibration += " (default: 64, with --no-refit 32, or all that --data has)"
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help=tokens_help)
+    tokens_help += " (default: {cpu} on the CPU, {cuda} on a GPU)".format(**TOKENS)
+    parser.add_argument("--tokens", type=int, metavar="N", help=tokens_help)
     parser.add_argument("--calibration", type=int, default=windows, metavar="N", help=calibration)
     parser.add_argument(
         "--seqlen",
@@ -169,27 +179,75 @@ def at_least(args, minimum, *names):
             raise Refused(f"--{name.replace('_', '-')} must be at least {minimum}")
 
 
+def find_device(name):
+    """The torch.device that --device names; cuda is the process's own GPU under torchrun, else the
+    first. Nothing is allocated: every process of torchrun would do so on GPU 0.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise Refused(f"--device {name}: {first_line(error)}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise Refused(f"--device {name}: only cpu and cuda are known here")
+    if device.type == "cpu":
+        return device
+    if device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.index >= count:
+        raise Refused(f"--device {name}: this machine has {count} CUDA devices for this torch")
+    torch.cuda.set_device(device)
+    return device
+
+
+def fast_dtype(device):
+    """(dtype, why): the shortest that the device multiplies fast."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, ""
+        return torch.float16, ", float16 as it has no bfloat16 units"
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = able.get("avx512_bf16") or able.get("amx_bf16")
+    why = f", bfloat16 units {'found' if fast else 'not found'}"
+    return torch.bfloat16 if fast else torch.float32, why
+
+
 def choose_device(device="auto", dtype="auto"):
-    """(device, dtype, reason): CUDA in bfloat16 if there is one, else the CPU in bfloat16 where it
-    multiplies bfloat16 fast.
+    """(device, dtype, reason): CUDA if there is one, else the CPU; in bfloat16 where it multiplies
+    that fast.
     """
     there = torch.cuda.is_available()
     reason = "as asked" if device != "auto" else "a GPU is there" if there else "no GPU"
     if device == "auto":
         device = "cuda" if there else "cpu"
-    try:
-        device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Refused(f"--device {device}: {first_line(error)}") from None
-    fast = True
-    if device.type == "cpu":
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = able.get("avx512_bf16") or able.get("amx_bf16")
-        if dtype == "auto":
-            reason += f", bfloat16 units {'found' if fast else 'not found'}"
-    chosen = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if fast else torch.float32
-    return device, chosen, reason
+    device = find_device(device)
+    if dtype != "auto":
+        return device, DTYPES[dtype], reason
+    chosen, why = fast_dtype(device)
+    return device, chosen, reason + why
+
+
+TOKENS = {"cpu": 2048, "cuda": 16384}  # of one measurement: on a GPU they cost next to nothing
+
+
+def choose_tokens(args, device, reason):
+    """Fill in --tokens by device where it is not given; the reason for the device, and for this if
+    it is not the CPU's.
+    """
+    if args.tokens is None:
+        args.tokens = TOKENS[device.type]
+        if device.type != "cpu":
+            reason += f"; --tokens {args.tokens}, for measuring is cheap there"
+    return reason
+
+
+def send(tensor, device):
+    """A tensor of host memory on `device`, in the order of what is launched there: the host does
+    not wait.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------- files
@@ -226,7 +284,8 @@ def replacing(path):
     file or the new one.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    owner = f"{socket.gethostname()}.{os.getpid()}"  # machines can share a folder
+    partial = path.with_name(f".{path.stem}.{owner}.partial{path.suffix}")
     try:
         yield partial
         usual_mode(partial)

@@ -356,6 +356,17 @@ def test_a_packed_file_of_another_version_or_with_half_of_a_matrix_is_refused(tm
             load_llama(tmp_path / "packed")
 
 
+def test_a_model_saved_again_is_the_same_file_byte_for_byte_packed_or_not(small, tmp_path):
+    model, _ = load_llama(small)
+    masks = Pruner(model, torch.randint(3, 4096, (2, 64))).masks([0.5] * 3)
+    for packed in (False, True):
+        files = set()
+        for _ in range(8):
+            save_llama(model, tmp_path / "saved", small, masks, packed)
+            files.add((tmp_path / "saved" / "model.safetensors").read_bytes())
+        assert len(files) == 1
+
+
 def test_a_packed_matrix_at_one_half_is_within_2_percent_of_the_floor(tmp_path):
     model, _ = load_llama(ROOT / "tiny")
     pruner = Pruner(

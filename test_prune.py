@@ -70,7 +70,7 @@ def test_masks_drop_exact_counts_in_stable_order_and_are_nested():
         with pytest.raises(ValueError):
             keep_mask(score, wrong)
     with pytest.raises(ValueError, match="NaN"):
-        rank(score * math.nan)
+        prune.keep_mask(score * math.nan, 0.5)
 
 
 def test_activation_norms_equal_those_seen_by_hooks(small, tokens):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import warnings
@@ -170,6 +171,12 @@ def test_ctrl_c_is_one_line_with_a_hint_and_130_and_a_closed_pipe_is_no_error(ca
     assert script.choose_device("cpu", "float16")[:2] == (torch.device("cpu"), torch.float16)
     with pytest.raises(ValueError, match="--device"):
         script.choose_device("cuda:77")
+
+
+def test_a_file_that_is_being_written_carries_its_machines_name(tmp_path):
+    with script.replacing(tmp_path / "table.json") as partial:  # machines count processes alike
+        assert socket.gethostname() in partial.name and str(os.getpid()) in partial.name
+        partial.touch()
 
 
 def test_a_folder_comes_back_when_its_replacement_fails(tmp_path):

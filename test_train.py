@@ -281,6 +281,19 @@ def undisturbed(command, tmp_path_factory):
     return results(out)
 
 
+def test_the_first_process_of_all_machines_and_no_other_prints_writes_and_hashes(monkeypatch):
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda made, rank: made.append(rank))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for rank, first in (("0", True), ("8", False)):  # 8: the first of the second machine
+        monkeypatch.setenv("RANK", rank)
+        assert train.join_processes() is first
+        asked = []
+        train.from_the_first(first, lambda: asked.append("hashed"))
+        assert asked == ["hashed"] * first
+
+
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does_bit_for_bit(command, undisturbed, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -37,6 +37,7 @@ from script import (
     add_texts,
     at_least,
     choose_device,
+    choose_tokens,
     locked,
     run,
     sha256,
@@ -252,16 +253,21 @@ def fingerprint(args):
     return sources(args) | {name: getattr(args, name) for name in own}
 
 
-def join_processes(device):
-    """Under torchrun: join its processes. Returns this one's device, and whether it is its
-    machine's first, which prints and writes what is not its own."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+def join_processes():
+    """Under torchrun: join its processes. Whether this one is the first of all machines', which
+    prints and writes what is not its own."""
     if "RANK" in os.environ:  # started by torchrun
-        if device.type == "cuda":  # pragma: no cover (needs CUDA)
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
         dist.init_process_group("gloo")  # a handful of numbers: nccl would hide a dead peer
-    return device, local_rank == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def from_the_first(first, make):
+    """What `make` returns in the first process, in all processes: none of the others calls it."""
+    if not dist.is_initialized():
+        return make()
+    made = [make() if first else None]
+    dist.broadcast_object_list(made, 0)
+    return made[0]
 
 
 def clear(out, first, resume):
@@ -273,7 +279,7 @@ def clear(out, first, resume):
             path.unlink()
     if first and not resume:
         for path in out.glob("evaluations.*.json"):
-            path.unlink()
+            path.unlink(missing_ok=True)
     if dist.is_initialized():
         dist.barrier()
 
@@ -354,12 +360,14 @@ class Run:
 
     def __init__(self, args):
         self.args, self.started = args, time.perf_counter()
-        device, self.dtype, self.reason = choose_device(args.device, args.dtype)
-        self.device, self.first = join_processes(device)
+        self.device, self.dtype, reason = choose_device(args.device, args.dtype)
+        self.reason = choose_tokens(args, self.device, reason)
+        self.first = join_processes()
         args.dtype = str(self.dtype)[6:]
         self.setting = prepare(args, self.device, self.dtype, args.tokens)
         chosen_on = self.setting.calibration, self.setting.search
-        self.inputs = fingerprint(args) | {"windows": digest_of(*chosen_on)}
+        own = from_the_first(self.first, lambda: fingerprint(args))
+        self.inputs = own | {"windows": digest_of(*chosen_on)}
 
     def seconds(self):
         return time.perf_counter() - self.started
@@ -422,7 +430,7 @@ def search_and_report(this, args):
     if dist.is_initialized():
         dist.destroy_process_group()
     if not this.first:
-        return  # one process of each machine measures the table and writes the files
+        return  # one process measures the table and writes the files
     searched = this.seconds()
     about = this.inputs | {"evaluations": len(result.log)}
     save_search(args.out, result, curves, about)
