@@ -32,7 +32,7 @@ LINEARS = (
 )
 # settings of config.json that change the mathematics -> the values that this file computes
 COMPUTED = {
-    "model_type": ("llama", "mistral", "qwen2"),
+    "model_type": ("llama", "mistral", "qwen2", "qwen3"),
     "rotary scaling": ("default", "linear", "llama3"),
     "hidden_act": ("silu",),
     "partial_rotary_factor": (1,),
@@ -80,6 +80,7 @@ class Config:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen3: queries and keys are normalised, head by head
 
     @classmethod
     def read(cls, path):
@@ -107,6 +108,7 @@ class Config:
             qkv_bias=attention_bias or raw["model_type"] == "qwen2",
             o_bias=attention_bias,
             mlp_bias=bool(raw.get("mlp_bias")),
+            qk_norm=raw["model_type"] == "qwen3",
             **read_heads(fields),
         )
 
@@ -155,7 +157,8 @@ def read_heads(fields):
     hidden = fields.number("hidden_size")
     heads = fields.number("num_attention_heads", at_most=1024)
     kv_heads = fields.number("num_key_value_heads", heads, 1024)
-    head_dim = fields.number("head_dim", max(hidden // heads, 1), 4096)
+    usual = 128 if fields.raw["model_type"] == "qwen3" else max(hidden // heads, 1)
+    head_dim = fields.number("head_dim", usual, 4096)
     if heads % kv_heads or head_dim % 2:
         raise Refused(
             f"{fields.path}: {heads} heads, {kv_heads} key-value heads and head_dim {head_dim}"
@@ -213,6 +216,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.o_proj = nn.Linear(queries, c.hidden_size, bias=c.o_bias)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
     def split(self, x):
         """(B, T, heads d) -> (B, heads, T, d)."""
@@ -223,8 +231,8 @@ class Attention(nn.Module):
         start) holds earlier tokens.
         """
         B, T, _ = x.shape
-        q = rotate(self.split(self.q_proj(x)), rotary)
-        k = rotate(self.split(self.k_proj(x)), rotary)
+        q = rotate(self.q_norm(self.split(self.q_proj(x))), rotary)
+        k = rotate(self.k_norm(self.split(self.k_proj(x))), rotary)
         v = self.split(self.v_proj(x))
         if cache is not None:
             keys, values, start = cache  # (B, G, room, d) each, filled up to start

@@ -62,6 +62,7 @@ FAMILIES = {
         model_type="qwen2", architectures=["Qwen2ForCausalLM"], tie_word_embeddings=False
     ),
 }
+FAMILIES["qwen3"] = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=32)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -254,7 +255,7 @@ def test_tokenizer_of_tiny_loses_nothing_of_the_standard_library():
     assert tokenizer.decode(tokenizer.encode(odd)) == odd and tokenizer.adds_bos
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_checkpoint_that_transformers_made_itself_biases_included_gives_its_logits(
     family, tokens, tmp_path
 ):
@@ -394,6 +395,8 @@ UP, NORM, INV = (
         {"rope_scaling": {"rope_type": ["llama3"]}},
         {"rope_scaling": {"rope_type": {}}},
         {"model_type": ["llama"]},
+        {"model_type": "smollm3"},
+        {"model_type": "phi3"},
         {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
         {"partial_rotary_factor": 0.5},
         {"hidden_act": {}},
