@@ -148,16 +148,26 @@ def write_pruned(W, ranks, threshold, out):
     """out = W where ranks >= threshold, else +0.0, all (d_out, d_in): set, never multiplied (-1 *
     False is -0.0, inf * False is NaN).
     """
-    if W.is_cuda:
-        zero = torch.zeros((), dtype=W.dtype, device=W.device)
-        return torch.where(ranks >= threshold, W, zero, out=out)
     bits = {2: torch.int16, 4: torch.int32}[W.element_size()]
+    if W.is_cuda:
+        write_on_cuda(W.view(bits), ranks, threshold, out.view(bits))
+        return out
     rows = max(1, CHUNK // W.shape[1])  # whose bits are still in the cache for the second pass
     pieces = zip(W.view(bits).split(rows), ranks.split(rows), out.view(bits).split(rows))
     for w, r, o in pieces:
         torch.ge(r, threshold, out=o)  # 1 where the weight stays, 0 elsewhere, as whole numbers:
         o.mul_(w)  # times its bits, so a kept -0.0, inf or NaN is itself and the rest +0.0
     return out
+
+
+def write_on_cuda(bits, ranks, threshold, out):
+    """`write_pruned` of weights as whole numbers, in one kernel: the gradient of ReLU is 0 where
+    ranks <= threshold - 1, else `bits`. 6 bytes a weight; a mask and `where` would take 8.
+    """
+    if ranks.element_size() > bits.element_size():  # it would cut the ranks to 16 bits
+        torch.where(ranks >= threshold, bits, 0, out=out)
+    else:
+        torch.ops.aten.threshold_backward(bits, ranks, threshold - 1, grad_input=out)
 
 
 # ------------------------------------------------------------------------------ activations, Pruner

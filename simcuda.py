@@ -407,7 +407,10 @@ def send(source, device, no_wait):
 
 def fetch(sim, dtype, no_wait):
     """Sim -> CPU tensor, in pinned memory when nobody waits, as torch has it."""
-    target = torch.zeros(sim.shape, dtype=dtype)
+    if NOW.device.values:
+        target = torch.empty(sim.shape, dtype=dtype)
+    else:
+        target = torch.tensor(NOW.device.answer).to(dtype).expand(sim.shape)
     return transfer(sim.to(dtype), pin(target) if no_wait else target, not no_wait)
 
 

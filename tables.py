@@ -434,6 +434,26 @@ def slopes():
     return markdown(["cost", "grows with", "slope", "seconds at each size"], lines)
 
 
+def counted():
+    """Llama 2 on shapes alone: what each stage of prune.py touches, computes and holds."""
+    models = read_json(RESULTS / "counted-llama2.json")["models"]
+    lines = [
+        [
+            f"{model}, {r['stage']}",
+            f"{r['peak'] / 1e9:.1f}",
+            f"{r['bytes'] / 1e9:.0f}",
+            f"{r['bytes_per_weight']:.1f}",
+            f"{r['flops'] / 1e12:.1f}",
+            f"{r['kernels']}",
+            f"{r['waits']}",
+        ]
+        for model, found in models.items()
+        for r in found["rows"]
+    ]
+    head = ["*counted, not run*", "peak GB", "GB touched", "bytes a block weight", "TFLOP"]
+    return markdown([*head, "kernels", "waits"], lines)
+
+
 BLOCKS = {
     block.__name__.replace("_", "-"): block
     for block in (
@@ -460,6 +480,7 @@ BLOCKS = {
         sequential,
         stages,
         slopes,
+        counted,
     )
 }
 
