@@ -1,9 +1,9 @@
 """
-A Hugging Face folder <-> a Llama, bit for bit: tokenizer, checked loading, saving plain or packed.
+A Hugging Face folder <-> a Llama, bit for bit: checked loading, saving plain or packed.
 
 Source    the layout of Hugging Face's transformers and safetensors; the packed form is this
           project's own.
-Reading   4 of 8. Before: model.py. Next: eval.py.
+Reading   4 of 8. Before: model.py. Next: eval.py. Beside it: tokenizer.py.
 Shapes    W (d_out, d_in); packed: mask (d_out, ceil(d_in / 8)) uint8, values (count,).
 Not here  quantised weights, pickled weights: only safetensors and JSON are read.
 
@@ -14,7 +14,6 @@ Full      python llama.py --model ~/Llama-2-7b-hf --prompt "..." --temperature 0
 import itertools
 import json
 import math
-import re
 import shutil
 import sys
 import textwrap
@@ -39,6 +38,7 @@ from script import (
     send,
     usual_mode,
 )
+from tokenizer import Tokenizer
 
 # what is copied beside the weights: configuration, tokenizer, licence; nothing else of a folder
 KEPT_FILES = (
@@ -55,10 +55,6 @@ SAVE_AGAIN = (
 # weights in other forms -> what to do
 UNREAD = dict.fromkeys((".bin", ".pt", ".pth"), f"pickled weights are not read; {SAVE_AGAIN}")
 UNREAD[".gguf"] = "get the model's folder in Hugging Face's layout, not its conversion"
-NO_FAST_FILE = (
-    "write a tokenizer.json, by AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-    " of transformers"
-)
 
 
 # ------------------------------------------------------------------------------ packed matrices
@@ -121,130 +117,6 @@ def dense_name(name):
     NAME.
     """
     return name.removesuffix(".mask").removesuffix(".kept")
-
-
-# ------------------------------------------------------------------------------------ tokenizer
-class Tokenizer:
-    """Text to token ids and back, as transformers does it: by `tokenizer.json` and the package
-    tokenizers, without that file by `tokenizer.model` and sentencepiece.
-
-    encode    text -> ids, list of texts -> list of ids (over all cores), without special tokens;
-              decode: ids -> text
-    bos_id, adds_bos   the begin token (or None), and whether a text opens with it. tokenizer.json's
-                       template decides; for tokenizer.model, add_bos_token of tokenizer_config.json
-    eos_ids   the ends of a text: generation_config.json's, else config.json's, else the tokenizer's
-    """
-
-    def __init__(self, folder, vocab_size):
-        self.folder, self.vocab_size = Path(folder), vocab_size
-        self.settings = self.optional("tokenizer_config.json")
-        try:
-            if (self.folder / "tokenizer.json").exists():
-                end = self.open_tokenizers(self.folder / "tokenizer.json")
-            else:
-                end = self.open_sentencepiece(self.folder / "tokenizer.model")
-        except ImportError as error:
-            raise Refused(
-                f"the tokenizer of {folder} needs one more package: pip install {error.name}"
-            ) from None
-        except Refused:
-            raise
-        # both libraries raise what they like, a bare Exception included, on a broken file
-        except Exception as error:
-            raise Refused(
-                f"{folder} has no tokenizer.json or tokenizer.model that can be read:"
-                f" {first_line(error)}"
-            ) from None
-        self.eos_ids = self.ends_of_text(end)
-
-    def optional(self, name):
-        path = self.folder / name
-        return read_json(path) if path.exists() else {}
-
-    def named(self, key):
-        """The text of a special token as tokenizer_config.json has it: a string or an object."""
-        token = self.settings.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
-        return token if isinstance(token, str) else ""
-
-    def open_tokenizers(self, path):
-        import tokenizers
-
-        fast = tokenizers.Tokenizer.from_file(str(path))
-        fast.no_truncation()  # this and padding can be set in the file, for training
-        fast.no_padding()
-        self.batch = lambda texts: [
-            e.ids for e in fast.encode_batch(texts, add_special_tokens=False)
-        ]
-        self.decode = lambda ids: fast.decode(ids, skip_special_tokens=False)
-        begin = fast.encode("a").ids[:1]
-        self.adds_bos = begin != fast.encode("a", add_special_tokens=False).ids[:1]
-        self.bos_id = begin[0] if self.adds_bos else fast.token_to_id(self.named("bos_token"))
-        return fast.token_to_id(self.named("eos_token"))
-
-    def open_sentencepiece(self, path):
-        import sentencepiece
-
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        size = pieces.get_piece_size()
-        added = {text: i for text, i in self.added_tokens().items() if i >= size}
-        found = re.compile("|".join(map(re.escape, added)) or "(?!)")  # without any: nothing
-
-        def batch(texts):
-            for token in filter(None, map(found.search, texts)):
-                raise Refused(f"{path} lacks the added token {token[0]!r:.60}: {NO_FAST_FILE}")
-            return pieces.encode(texts)
-
-        self.batch = batch
-        # a model may have more tokens
-        self.decode = lambda ids: pieces.decode([i for i in ids if i < size])
-        ids = added | {pieces.id_to_piece(i): i for i in range(size)}
-        self.bos_id = ids.get(self.named("bos_token"), pieces.bos_id())
-        self.adds_bos = bool(self.settings.get("add_bos_token", True)) and self.bos_id >= 0
-        return ids.get(self.named("eos_token"), pieces.eos_id())
-
-    def added_tokens(self):
-        """{text: id} of the tokens that were added beside tokenizer.model: chat marks."""
-        listed = self.settings.get("added_tokens_decoder")
-        listed = listed if isinstance(listed, dict) else {}
-        tokens = {t.get("content"): int(i) for i, t in listed.items() if isinstance(t, dict)}
-        tokens |= self.optional("added_tokens.json")
-        return {t: i for t, i in tokens.items() if isinstance(t, str) and t and type(i) is int}
-
-    def ends_of_text(self, own):
-        """Ids of the tokens that end a text; Refused for one that the model does not have."""
-        for name in ("generation_config.json", "config.json"):
-            ends = self.optional(name).get("eos_token_id")
-            if ends is not None:
-                break
-        else:
-            name, ends = "the tokenizer", [] if own in (None, -1) else own
-        ends = ends if isinstance(ends, list) else [ends]
-        for end in ends:
-            if not (type(end) is int and -1 <= end < self.vocab_size):
-                raise Refused(
-                    f"{self.folder}, {name}: eos_token_id = {end!r:.60} is none of the model's"
-                    f" {self.vocab_size} tokens"
-                )
-        return ends
-
-    def encode(self, text):
-        """Token ids of a text; of a list of texts, a list of them. Refused for what is no text, as
-        half a surrogate pair, and for a token that the model does not have.
-        """
-        try:
-            ids = self.batch([text] if isinstance(text, str) else text)
-        except Refused:
-            raise
-        except Exception as error:
-            raise Refused(f"the tokenizer cannot encode this text: {first_line(error)}") from None
-        largest = max(map(max, filter(None, ids)), default=0)
-        if largest >= self.vocab_size:
-            raise Refused(
-                f"the tokenizer of {self.folder} gives token {largest}, its model has"
-                f" {self.vocab_size} tokens: they do not belong together"
-            )
-        return ids[0] if isinstance(text, str) else ids
 
 
 # -------------------------------------------------------------------------------------- reading

@@ -73,7 +73,7 @@ def parse_request(raw):
 def read_requests(path):
     """The requests of a jsonl file, one a line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         return [parse_request(json.loads(line)) for line in lines if line.strip()]
     except OSError as error:
         raise Refused(f"requests {path} cannot be read: {error.strerror}") from None

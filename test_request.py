@@ -176,3 +176,11 @@ def test_the_next_step_of_sparsity_would_break_the_budget_whatever_the_surrogate
     assert kl(curve(s)) <= budget
     assert s == request.MAX or kl(curve(s + 1.001 * request.STEP)) > budget
     assert len(measured) <= 16
+
+
+def test_a_file_of_requests_may_open_with_a_byte_order_mark_and_end_its_lines_as_windows_does(
+    tmp_path,
+):
+    path = tmp_path / "wishes.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"sparsity": 0.5}\r\n{"max_kl": 0.1}\r\n')
+    assert [r["name"] for r in read_requests(path)] == ["0.5", "kl-0.1"]
