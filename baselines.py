@@ -145,12 +145,18 @@ def evopress(
             found[wanted.pop(0)] = parent, time.perf_counter() - started
             continue
         children = [target.met_by(child_of(parent, step, g, groups)) for _ in range(offspring)]
-        for child in sorted(children, key=quick)[:survivors]:
-            kl = f2(child)
-            if kl < best:
-                parent, best = child, kl
+        parent, best = fittest(f2, sorted(children, key=quick)[:survivors], parent, best)
         spent += cost
     return found
+
+
+def fittest(f2, children, parent, best):
+    """The best of the parent, of KL `best`, and its children: (strategy, KL)."""
+    for child in children:
+        kl = f2(child)
+        if kl < best:
+            parent, best = child, kl
+    return parent, best
 
 
 # -------------------------------------------------------------------- a GP for one request alone

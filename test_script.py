@@ -203,92 +203,57 @@ def test_a_folder_comes_back_when_its_replacement_fails(tmp_path):
     ] == ["strategy.json"]
 
 
-@pytest.mark.slow
-def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(
-    small, text, tmp_path, capsys
-):
+def bad_inputs(small, text, tmp_path):
+    """[(reason, script, its command line)]: the first five run as processes of their own."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("x = 1")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
-    (tmp_path / "existing").mkdir()
     other = write_small(tmp_path / "other", vocab_size=100)
-    base, half, out = (
-        (prune, "--model", small),
-        (prune, "--sparsity", 0.5),
-        ("--out", tmp_path / "out"),
-    )
-    alone = [
+    out = ("--out", tmp_path / "out")
+    base, half = (prune, "--model", small), (prune, "--sparsity", 0.5, "--model")
+    again = (*half, small, "--data")
+    strange = ("--stratnet", ROOT / "tiny" / "stratnet.safetensors")
+    return [
         ("0.95 is outside", *base, "--sparsity", 0.95, *out),
         ("--initial must be", train, "--model", small, "--initial", 0, *out),
         ("--seqlen 4000: this model has 128", evaluation, "--model", small, "--seqlen", 4000),
         ("--tokens must be", llama, "--model", small, "--tokens", 0),
         ("measured.json is not there", plot, "--run", tmp_path),
-    ]  # each script as a process once
-    cases = [
         ("'x' is not a number", *base, "--sparsity", "x", *out),
         ("'nan' is not a number", *base, "--sparsity", "nan", *out),
         ("nothing is asked", *base, *out),
-        ("nowhere is not a folder", *half, "--model", tmp_path / "nowhere", *out),
-        ("broken holds neither", *half, "--model", tmp_path / "broken", *out),
-        ("do not belong together", *half, "--model", other, *out),
-        ("empty.txt is empty", *base, "--sparsity", 0.5, "--data", tmp_path / "empty.txt", *out),
-        (
-            "shorter than one window",
-            *base,
-            "--sparsity",
-            0.5,
-            "--data",
-            tmp_path / "short.txt",
-            *out,
-        ),
-        (
-            "for 12 blocks, the model has 3",
-            *base,
-            "--sparsity",
-            0.5,
-            "--data",
-            text,
-            "--stratnet",
-            ROOT / "tiny" / "stratnet.safetensors",
-            *out,
-        ),
-        (
-            "existing exists already",
-            *base,
-            "--sparsity",
-            0.5,
-            "--uniform",
-            "--out",
-            tmp_path / "existing",
-        ),
-        (
-            "nowhere.txt cannot be read",
-            train,
-            "--model",
-            small,
-            "--data",
-            tmp_path / "nowhere.txt",
-            *out,
-        ),
+        ("nowhere is not a folder", *half, tmp_path / "nowhere", *out),
+        ("broken holds neither", *half, tmp_path / "broken", *out),
+        ("do not belong together", *half, other, *out),
+        ("empty.txt is empty", *again, tmp_path / "empty.txt", *out),
+        ("shorter than one window", *again, tmp_path / "short.txt", *out),
+        ("for 12 blocks, the model has 3", *again, text, *strange, *out),
+        ("existing exists already", *half, small, "--uniform", "--out", tmp_path / "existing"),
+        ("cannot be read", train, "--model", small, "--data", tmp_path / "nowhere.txt", *out),
         ("broken holds neither", llama, "--model", tmp_path / "broken"),
     ]
 
+
+@pytest.mark.slow
+def test_bad_input_ends_in_one_line_and_exit_code_2_with_nothing_written(
+    small, text, tmp_path, capsys
+):
+    cases = bad_inputs(small, text, tmp_path)
+    (tmp_path / "existing").mkdir()
+
     def nothing_but_one_line(reason, module, code, error):
-        assert (
-            code == 2
-            and len(error.strip().splitlines()) == 1
-            and error.startswith(module.__name__ + ".py: ")
-            and reason in error
-        ), (reason, error)
+        said = reason, error
+        assert code == 2 and len(error.strip().splitlines()) == 1, said
+        assert error.startswith(module.__name__ + ".py: ") and reason in error, said
         assert not (tmp_path / "out").exists() and not list((tmp_path / "existing").iterdir())
 
     started = ThreadPoolExecutor(2).map(
-        lambda case: run_script(case[1].__name__ + ".py", *case[2:]), alone
+        lambda case: run_script(case[1].__name__ + ".py", *case[2:]), cases[:5]
     )
-    for (reason, module, *_), done in zip(alone, started):
+    for (reason, module, *_), done in zip(cases, started):
         nothing_but_one_line(reason, module, done.returncode, done.stderr)
-    for reason, module, *words in cases:
+    for reason, module, *words in cases[5:]:
         capsys.readouterr()
         nothing_but_one_line(reason, module, call(module, *words), capsys.readouterr().err)
 

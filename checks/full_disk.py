@@ -110,48 +110,65 @@ def check_train(root, place, train_line, before=lambda: None):
     return 1, int(failed)
 
 
+def limited_sizes(root, lines, quick):
+    """(runs, refused) where no file may be larger than some bytes."""
+    counts = []
+    for size in (1000, 12_000) if quick else (0, 300, 1000, 4500, 12_000, 15_000):
+        (place := root / f"limit{size}").mkdir()
+        counts.append(check_prune(root, place, lines[0], limit(size)))
+    for size in () if quick else (100, 1200, 100_000):
+        (place := root / f"limit-train{size}").mkdir()
+        counts.append(check_train(root, place, lines[1], limit(size)))
+    return total("file size limited", counts)
+
+
+def small_disks(root, lines, quick):
+    """(runs, refused) on file systems of a few pages; none where nobody may mount one."""
+    counts = []
+    for pages in (10,) if quick else (4, 8, 10, 12, 16, 20, 40):
+        with small_disk(root / f"disk{pages}", 4096 * pages) as mounted:
+            if not mounted:
+                print("no right to mount a small file system here")
+                break
+            counts.append(check_prune(root, root / f"disk{pages}", lines[0]))
+    for pages in () if quick else (2, 4, 100, 300):
+        with small_disk(root / f"disk-train{pages}", 4096 * pages) as mounted:
+            if mounted:
+                counts.append(check_train(root, root / f"disk-train{pages}", lines[1]))
+    return total("small disks", counts)
+
+
+def nowhere(root, lines):
+    """(runs, refused) where nothing can be written at all."""
+    places = [root / "text.txt" / "out"]
+    if os.geteuid():
+        (root / "closed").mkdir(0o500)
+        places.append(root / "closed" / "out")
+    for out in places:
+        assert refused(prune.main, [*lines[0], "--sparsity", 0.5, "--out", out])
+        assert refused(train.main, [*lines[1], "--out", out])
+    return total("nowhere to write", [(2, 2)] * len(places))
+
+
+def total(where, counts):
+    runs, stopped = (sum(column) for column in zip(*counts)) if counts else (0, 0)
+    print(f"{where}: {stopped} of {runs} runs refused", flush=True)
+    return runs, stopped
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     p.add_argument("--quick", action="store_true", help="prune.py alone, with two sizes")
-    a = p.parse_args()
-    started, runs, stopped = time.perf_counter(), 0, 0
+    quick = p.parse_args().quick
+    started = time.perf_counter()
     torch.set_num_threads(1)  # a fork has no other threads
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
-        prune_line, train_line = commands(root)
-        assert not refused(prune.main, [*prune_line, "--sparsity", 0.3, "--out", root / "old"])
-        for size in (1000, 12_000) if a.quick else (0, 300, 1000, 4500, 12_000, 15_000):
-            place = root / f"limit{size}"
-            place.mkdir()
-            n, k = check_prune(root, place, prune_line, limit(size))
-            runs, stopped = runs + n, stopped + k
-        for size in () if a.quick else (100, 1200, 100_000):
-            (place := root / f"limit-train{size}").mkdir()
-            n, k = check_train(root, place, train_line, limit(size))
-            runs, stopped = runs + n, stopped + k
-        print(f"file size limited: {stopped} of {runs} runs refused", flush=True)
-        for pages in (10,) if a.quick else (4, 8, 10, 12, 16, 20, 40):
-            with small_disk(root / f"disk{pages}", 4096 * pages) as mounted:
-                if not mounted:
-                    print("no right to mount a small file system here")
-                    break
-                n, k = check_prune(root, root / f"disk{pages}", prune_line)
-                runs, stopped = runs + n, stopped + k
-                print(f"disk of {pages} pages: {k} of {n} runs of prune.py refused", flush=True)
-        for pages in () if a.quick else (2, 4, 100, 300):
-            with small_disk(root / f"disk-train{pages}", 4096 * pages) as mounted:
-                if mounted:
-                    n, k = check_train(root, root / f"disk-train{pages}", train_line)
-                    runs, stopped = runs + n, stopped + k
-                    print(f"disk of {pages} pages: {k} of {n} runs of train.py refused", flush=True)
-        nowhere = [root / "text.txt" / "out"]
-        if os.geteuid():
-            (root / "closed").mkdir(0o500)
-            nowhere.append(root / "closed" / "out")
-        for out in nowhere:
-            assert refused(prune.main, [*prune_line, "--sparsity", 0.5, "--out", out])
-            assert refused(train.main, [*train_line, "--out", out])
-            runs, stopped = runs + 2, stopped + 2
+        lines = commands(root)
+        assert not refused(prune.main, [*lines[0], "--sparsity", 0.3, "--out", root / "old"])
+        counts = [limited_sizes(root, lines, quick), small_disks(root, lines, quick)]
+        counts.append(nowhere(root, lines))
+    runs, stopped = (sum(column) for column in zip(*counts))
     print(
         f"{runs} runs in {time.perf_counter() - started:.0f} s, {stopped} refused in one line,"
         " nothing half written"

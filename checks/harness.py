@@ -28,7 +28,7 @@ import numpy as np
 import eval as evaluation
 from eval import TASKS, read_rows
 from llama import load_llama
-from script import Parser, first_line, run
+from script import Parser, Refused, at_least, first_line, run
 
 
 def harness(folder, tasks, limit):
@@ -47,7 +47,7 @@ def harness(folder, tasks, limit):
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(
+        raise Refused(
             f'this check needs the harness ({first_line(error)}): pip install "lm_eval[hf]==0.4.13"'
         ) from None
     model, manager, result = (
@@ -57,33 +57,27 @@ def harness(folder, tasks, limit):
     )
     for name in TASKS:
         rows = datasets.Dataset.from_list(read_rows(tasks, name, limit))
-        with mock.patch(
-            "datasets.load_dataset",
-            return_value={split: rows for split in ("train", "validation", "test")},
-        ):
+        splits = {split: rows for split in ("train", "validation", "test")}
+        with mock.patch("datasets.load_dataset", return_value=splits):
             loaded = manager.load(name)
-        samples = sorted(
-            evaluate(model, loaded, bootstrap_iters=0)["samples"][name], key=lambda s: s["doc_id"]
-        )
-        encoded = [model._encode_pair(*arguments) for s in samples for arguments in s["arguments"]]
-        scores = [np.array([score for score, _ in s["filtered_resps"]]) for s in samples]
-        lengths = [
-            np.array([len(choice) for choice in loaded["tasks"][name].doc_to_choice(s["doc"])])
-            for s in samples
-        ]
-        chosen = {
-            "acc": scores,
-            "acc_norm": [x / n for x, n in zip(scores, lengths)],
-        }  # as its process_results chooses
-        result[name] = {
-            "pairs": [(context + scored, len(scored)) for context, scored in encoded],
-            "scores": scores,
-        }
-        result[name] |= {
-            metric: ([int(x.argmax()) for x in chosen[metric]], [s[metric] == 1 for s in samples])
-            for metric in samples[0]["metrics"]
-        }
+        samples = evaluate(model, loaded, bootstrap_iters=0)["samples"][name]
+        samples = sorted(samples, key=lambda s: s["doc_id"])
+        result[name] = of_samples(model, samples, loaded["tasks"][name].doc_to_choice)
     return result
+
+
+def of_samples(model, samples, choices_of):
+    """What `harness` returns of one task, from the harness's own samples."""
+    encoded = [model._encode_pair(*arguments) for s in samples for arguments in s["arguments"]]
+    scores = [np.array([score for score, _ in s["filtered_resps"]]) for s in samples]
+    lengths = [np.array([len(choice) for choice in choices_of(s["doc"])]) for s in samples]
+    # as its process_results chooses
+    chosen = {"acc": scores, "acc_norm": [x / n for x, n in zip(scores, lengths)]}
+    pairs = [(context + scored, len(scored)) for context, scored in encoded]
+    return {"pairs": pairs, "scores": scores} | {
+        metric: ([int(x.argmax()) for x in chosen[metric]], [s[metric] == 1 for s in samples])
+        for metric in samples[0]["metrics"]
+    }
 
 
 def zero_shot(model, tokenizer, task, rows):
@@ -104,60 +98,64 @@ def zero_shot(model, tokenizer, task, rows):
     }
 
 
-def main():
+def differences(theirs, ours):
+    """{column: documents that differ} of one task, and the largest gap between scores, in nats."""
+    ends = np.cumsum([0, *map(len, ours["scores"])])
+    assert [len(x) for x in theirs["scores"]] == np.diff(ends).tolist(), (
+        "every document has as many choices on both sides"
+    )
+    pairs = ((theirs["pairs"][i:j], ours["pairs"][i:j]) for i, j in zip(ends, ends[1:]))
+    differ = {"tokens": sum(a != b for a, b in pairs)}
+    for metric in ("acc", "acc_norm"):
+        if metric in theirs:
+            both = zip(zip(*theirs[metric]), zip(*ours[metric]))
+            differ[metric] = sum(a != b for a, b in both)
+    gaps = (float(np.abs(x - y).max()) for x, y in zip(theirs["scores"], ours["scores"]))
+    return differ, max(gaps)
+
+
+def show(task, theirs, ours):
+    """Print the line of a task: how many choices differ."""
+    differ, largest = differences(theirs, ours)
+    both = (m for m in ("acc", "acc_norm") if m in theirs)
+    means = (f"{np.mean(theirs[m][1]):.4f}, {np.mean(ours[m][1]):.4f}" for m in both)
+    print(
+        f"{task:<14} {len(ours['scores']):>9}  {differ['tokens']:>6}  {differ['acc']:>5}"
+        f"  {differ.get('acc_norm', ''):>8}  {largest:>7.1e} nats    {'    '.join(means)}",
+        flush=True,
+    )
+    return differ["acc"] + differ.get("acc_norm", 0)
+
+
+def arguments():
     p = Parser(__doc__, ["python -m checks.harness --model DIR --tasks zeroshot/ --limit 200"])
-    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
-    p.add_argument(
-        "--tasks",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder with " + ", ".join(TASKS.values()),
-    )
-    p.add_argument(
-        "--limit", type=int, metavar="N", help="first N documents of each task (default: all)"
-    )
-    a = p.parse_args()
-    if a.limit is not None and a.limit < 1:
-        raise ValueError("--limit must be at least 1")
-    rows, wrong = {task: read_rows(a.tasks, task, a.limit) for task in TASKS}, 0
-    model, tokenizer = load_llama(a.model)
-    results = harness(a.model, a.tasks, a.limit)
+    folder, files = "Hugging Face folder", "folder with " + ", ".join(TASKS.values())
+    p.add_argument("--model", type=Path, required=True, metavar="DIR", help=folder)
+    p.add_argument("--tasks", type=Path, required=True, metavar="DIR", help=files)
+    first = "first N documents of each task (default: all)"
+    p.add_argument("--limit", type=int, metavar="N", help=first)
+    args = p.parse_args()
+    at_least(args, 1, "limit")
+    return args
+
+
+def main():
+    args = arguments()
+    rows = {task: read_rows(args.tasks, task, args.limit) for task in TASKS}
+    model, tokenizer = load_llama(args.model)
+    results = harness(args.model, args.tasks, args.limit)
+    versions = [importlib.metadata.version(name) for name in ("lm_eval", "transformers")]
     print(
-        f"{a.model.resolve().name} in float32: lm_eval {importlib.metadata.version('lm_eval')}"
-        " with transformers "
-        f"{importlib.metadata.version('transformers')}, then eval.py"
+        f"{args.model.resolve().name} in float32: lm_eval {versions[0]} with transformers"
+        f" {versions[1]}, then eval.py\n"
+        "                          documents that differ in   largest\n"
+        "task           documents  tokens    acc  acc_norm    difference    acc"
+        "               acc_norm"
     )
-    print("                          documents that differ in   largest")
-    print(
-        "task           documents  tokens    acc  acc_norm    difference    acc              "
-        " acc_norm"
+    wrong = sum(
+        show(task, theirs, zero_shot(model, tokenizer, task, rows[task]))
+        for task, theirs in results.items()
     )
-    for task, theirs in results.items():
-        ours, line = zero_shot(model, tokenizer, task, rows[task]), ""
-        ends = np.cumsum([0, *map(len, ours["scores"])])
-        assert [len(x) for x in theirs["scores"]] == np.diff(ends).tolist(), (
-            "every document has as many choices on both sides"
-        )
-        differ = {
-            "tokens": sum(
-                theirs["pairs"][i:j] != ours["pairs"][i:j] for i, j in zip(ends, ends[1:])
-            )
-        }
-        for metric in ("acc", "acc_norm"):
-            if metric in theirs:
-                differ[metric] = sum(
-                    x != y for x, y in zip(zip(*theirs[metric]), zip(*ours[metric]))
-                )
-                line += f"    {np.mean(theirs[metric][1]):.4f}, {np.mean(ours[metric][1]):.4f}"
-        wrong += differ["acc"] + differ.get("acc_norm", 0)
-        largest = max(float(np.abs(x - y).max()) for x, y in zip(theirs["scores"], ours["scores"]))
-        print(
-            f"{task:<14} {len(rows[task]):>9}  {differ['tokens']:>6}  {differ['acc']:>5} "
-            f" {differ.get('acc_norm', ''):>8}  "
-            f"{largest:>7.1e} nats{line}",
-            flush=True,
-        )
     print(f"{wrong} choices differ" if wrong else "every choice is the same")
     sys.exit(wrong > 0)
 

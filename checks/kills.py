@@ -38,6 +38,42 @@ from unicuco import load_stratnet
 WRITES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.copyfile")
 
 
+class FileOperations:
+    """Counts what this process does to files, and kills it before operation number `at`."""
+
+    def __init__(self, at):
+        self.at, self.count = at, 0
+
+    def __call__(self, event, args):
+        if event in WRITES or event == "open" and opened_to_write(args):
+            if self.count == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
+
+
+def opened_to_write(args):
+    path, _, flags = args
+    writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
+    return writes and "/dev/" not in str(path)
+
+
+def in_the_fork(main, words, before, operations, stderr):
+    """Run the script's `main` in this process, a fork: its exit code."""
+    try:
+        os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
+        os.dup2(stderr, 2)
+        sys.argv = list(map(str, words))
+        sys.addaudithook(operations)
+        before()
+        run(main)
+        return 0
+    except SystemExit as end:
+        return end.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
 def script(main, words, before=lambda: None, at=None, after=None):
     """Run the script's `main` with the command line `words` in a fork: (exit code, -9 if killed;
     stderr; file operations; seconds).
@@ -49,37 +85,10 @@ def script(main, words, before=lambda: None, at=None, after=None):
     started, (reading, writing), (errors, stderr) = time.perf_counter(), os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        count = 0
-
-        def hook(event, args):
-            nonlocal count
-            if (
-                event in WRITES
-                or event == "open"
-                and isinstance(args[2], int)
-                and args[2] & (os.O_WRONLY | os.O_RDWR)
-                and "/dev/" not in str(args[0])
-            ):
-                if count == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count += 1
-
-        code = 1
-        try:
-            os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
-            os.dup2(stderr, 2)
-            sys.argv = list(map(str, words))
-            sys.addaudithook(hook)
-            before()
-            run(main)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os.write(writing, str(count).encode())
-            os._exit(code)
+        operations = FileOperations(at)
+        code = in_the_fork(main, words, before, operations, stderr)
+        os.write(writing, str(operations.count).encode())
+        os._exit(code)
     os.close(writing)
     os.close(stderr)
     if after is not None:

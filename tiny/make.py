@@ -162,93 +162,110 @@ def write_model(folder, master, sp):
     )
 
 
-def main():
+def arguments():
     p = argparse.ArgumentParser(
         description="train the embedded default: tokenizer and 5.5M-parameter Llama"
     )
     p.add_argument("--out", type=Path, default=Path("tiny"), help="folder to write")
     p.add_argument("--steps", type=int, default=1200, help="optimiser steps of 8192 tokens")
-    a = p.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    started = time.time()
-    train, held_out = "".join(stdlib_files(False)), "".join(stdlib_files(True))
-    if not (a.out / "tokenizer.model").exists():
-        train_tokenizer(train, a.out / "tokenizer.model")
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(a.out / "tokenizer.model"))
-    tokens, held_out_tokens = torch.tensor(sp.encode(train)), torch.tensor(sp.encode(held_out))
-    assert (
-        sp.decode(tokens.tolist()) == train and sp.decode(held_out_tokens.tolist()) == held_out
-    ), "the tokenizer lost text"
+    return p.parse_args()
 
-    # the matrix products run in bfloat16, the optimisers on a float32 master copy
+
+def encoded(folder, train, held_out):
+    """The tokenizer of `folder`, trained if it is not there, and the tokens (N,) of `train`;
+    nothing of either text may be lost.
+    """
+    if not (folder / "tokenizer.model").exists():
+        train_tokenizer(train, folder / "tokenizer.model")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in (train, held_out):
+        assert sp.decode(sp.encode(text)) == text, "the tokenizer lost text"
+    return sp, torch.tensor(sp.encode(train))
+
+
+def begin():
+    """The model in bfloat16, in which the products run, and its float32 master copy, which the
+    optimisers move.
+    """
     torch.manual_seed(0)
     model = Llama(Config(**FIELDS))
     initialise(model)
     master = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    model.bfloat16()
-    muon = torch.optim.Muon(
-        [p for n, p in master.items() if p.ndim == 2 and "embed" not in n],
-        lr=0.02,
-        weight_decay=0.05,
-    )
-    adam = torch.optim.AdamW(
-        [p for n, p in master.items() if p.ndim == 1 or "embed" in n],
-        lr=0.003,
-        betas=(0.9, 0.95),
-        weight_decay=0,
-    )
-    optimizers, peaks = (muon, adam), (0.02, 0.003)
-    checkpoint = a.out / "training.safetensors"
+    return model.bfloat16(), master
+
+
+def optimizers_of(master):
+    """Muon for matrices, AdamW for the embeddings and all vectors; and the peak rate of each."""
+    matrices = [p for n, p in master.items() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in master.items() if p.ndim == 1 or "embed" in n]
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05)
+    adam = torch.optim.AdamW(others, lr=0.003, betas=(0.9, 0.95), weight_decay=0)
+    return (muon, adam), (0.02, 0.003)
+
+
+def batch_of(tokens, step, steps, bos):
+    """Inputs and targets (batch, T) of a step: short windows first, for attention is half of the
+    time at 512; three batches in four open with the begin token.
+    """
+    T = 256 if step < 0.7 * steps else 512
+    w = window_batch(tokens, T, 8192 // T, step)
+    x, y = w[:, :-1].clone(), w[:, 1:]
+    if step % 4:
+        x[:, 0] = bos
+    return x, y
+
+
+def one_step(loss_of, model, master, batch):
+    """Loss of a batch; its clipped gradients lie in the master copy."""
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), master.values()):
+            p.copy_(q)
+    loss = loss_of(*batch)
+    loss.backward()
+    for p, q in zip(model.parameters(), master.values()):
+        q.grad, p.grad = p.grad.float(), None
+    torch.nn.utils.clip_grad_norm_(master.values(), 1.0)
+    return loss.item()
+
+
+def train_model(model, master, tokens, bos, steps, checkpoint):
+    """Train to the end, from where `checkpoint` stopped; seconds in all."""
+    started, (optimizers, peaks) = time.time(), optimizers_of(master)
     first, seconds = restore(checkpoint, master, optimizers)
     loss_of = torch.compile(
         lambda x, y: F.cross_entropy(model(x).float().flatten(0, 1), y.flatten()), dynamic=False
     )
-    print(
-        f"{sum(p.numel() for p in master.values()):,} parameters, {len(tokens):,} training"
-        f" tokens, {a.steps} steps from {first}",
-        flush=True,
-    )
-
-    bar, mean = tqdm(range(first, a.steps), initial=first, total=a.steps, mininterval=10), None
+    count = sum(p.numel() for p in master.values())
+    print(f"{count:,} parameters, {len(tokens):,} tokens, {steps} steps from {first}", flush=True)
+    bar, mean = tqdm(range(first, steps), initial=first, total=steps, mininterval=10), None
     for step in bar:
-        T = (
-            256 if step < 0.7 * a.steps else 512
-        )  # short windows first: attention is half of the time at 512
-        w = window_batch(tokens, T, 8192 // T, step)
-        x, y = w[:, :-1].clone(), w[:, 1:]
-        if step % 4:
-            x[:, 0] = sp.bos_id()  # three batches in four open with the begin token
-        with torch.no_grad():
-            for p, q in zip(model.parameters(), master.values()):
-                p.copy_(q)
-        loss = loss_of(x, y)
-        loss.backward()
-        for p, q in zip(model.parameters(), master.values()):
-            q.grad, p.grad = p.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(master.values(), 1.0)
+        loss = one_step(loss_of, model, master, batch_of(tokens, step, steps, bos))
         for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * learning_rate(step, a.steps)
+            optimizer.param_groups[0]["lr"] = peak * learning_rate(step, steps)
             optimizer.step()
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        mean = loss if mean is None else 0.98 * mean + 0.02 * loss
         bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-        if step % 100 == 99 or step == a.steps - 1:
+        if step % 100 == 99 or step == steps - 1:
             save(checkpoint, master, optimizers, step + 1, seconds + time.time() - started)
+    return seconds + time.time() - started
 
+
+def main():
+    a = arguments()
+    a.out.mkdir(parents=True, exist_ok=True)
+    train, held_out = "".join(stdlib_files(False)), "".join(stdlib_files(True))
+    sp, tokens = encoded(a.out, train, held_out)
+    model, master = begin()
+    checkpoint = a.out / "training.safetensors"
+    seconds = train_model(model, master, tokens, sp.bos_id(), a.steps, checkpoint)
     write_model(a.out, master, sp)
     checkpoint.unlink()
     model, tokenizer = load_llama(a.out, dtype=torch.bfloat16)
-    bits = bits_per_byte(
-        model,
-        torch.tensor(tokenizer.encode(held_out)),
-        len(held_out.encode()),
-        tokenizer.bos_id,
-        512,
-    )
+    ids, size = torch.tensor(tokenizer.encode(held_out)), len(held_out.encode())
+    bits = bits_per_byte(model, ids, size, tokenizer.bos_id, 512)
     print(
-        f"wrote {a.out}: {bits:.4f} bits per byte on {len(held_out.encode())} held-out bytes of"
-        f" Python {platform.python_version()}; "
-        f"{(seconds + time.time() - started) / 60:.0f} minutes, {time.process_time() / 60:.0f} of"
-        " processor time in this process"
+        f"wrote {a.out}: {bits:.4f} bits per byte on {size} held-out bytes of Python"
+        f" {platform.python_version()}; {seconds / 60:.0f} minutes"
     )
     print("next: python train.py, then copy out/tiny/stratnet.safetensors here")
 
