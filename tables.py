@@ -151,13 +151,13 @@ def tiny_run():
 
 
 # ---------------------------------------------------------------------- refit, and a real model
-def refit_rows():
-    """{(method, refit, sparsity): rows of all seeds} of results/refit-tiny.json."""
-    return grouped(read_rows(RESULTS / "refit-tiny.json"), "method", "refit", "sparsity")
+def refit_rows(model):
+    """{(method, refit, sparsity): rows of all seeds} of results/refit-MODEL.json."""
+    return grouped(read_rows(RESULTS / f"refit-{model}.json"), "method", "refit", "sparsity")
 
 
-def refit_table(key, digits):
-    found = refit_rows()
+def refit_table(model, key, digits):
+    found = refit_rows(model)
     rows = []
     for s in sorted({s for _, _, s in found}):
         cells = [f"{s:g}"]
@@ -169,10 +169,10 @@ def refit_table(key, digits):
     return rows, ["sparsity", *names]
 
 
-def refit_tiny():
+def refit_ratios(model):
     """KL, and what of StratNet's gain survives the refit, paired by seed."""
-    rows, head = refit_table("kl", 4)
-    found = refit_rows()
+    rows, head = refit_table(model, "kl", 4)
+    found = refit_rows(model)
     for cells, s in zip(rows, sorted({s for _, _, s in found})):
         for refitted in (False, True):
             pairs = zip(found["unicuco", refitted, s], found["uniform", refitted, s])
@@ -181,9 +181,59 @@ def refit_tiny():
     return markdown([*head, ratio, f"{ratio}, both refitted"], rows)
 
 
-def refit_tiny_perplexity():
-    rows, head = refit_table("ppl", 2)
+def refit_perplexity(model):
+    rows, head = refit_table(model, "ppl", 2)
     return markdown(["perplexity at " + head[0], *head[1:]], rows)
+
+
+def refit_tiny():
+    return refit_ratios("tiny")
+
+
+def refit_tiny_perplexity():
+    return refit_perplexity("tiny")
+
+
+def refit_smollm2():
+    return refit_ratios("smollm2")
+
+
+def refit_smollm2_perplexity():
+    return refit_perplexity("smollm2")
+
+
+def refitted_tiny():
+    """Every method's answers with their survivors refitted, and SparseGPT: KL over refitted
+    uniform's.
+    """
+    _, rows = comparison("tiny-refitted")
+    table = grouped(compare.refitted_table(rows), "method")
+    asked = compare.PERPLEXITIES
+    lines = []
+    for method, mine in table.items():
+        at = {r["sparsity"]: r for r in mine}
+        lines.append([method, *(pm(at[s]["ratio"], 3) for s in asked)])
+        lines[-1] += [pm(at[s]["of_bare_uniform"], 3) for s in asked]
+    head = [f"over refitted uniform's at {s:g}" for s in asked]
+    bare = [f"over uniform's as pruned at {s:g}" for s in asked]
+    return markdown(["KL", *head, *bare], lines)
+
+
+def coverage():
+    """How often --max-kl K --confidence P was kept on text that no measurement saw."""
+    rows = read_rows(RESULTS / "coverage-tiny.json")
+    lines = [
+        [
+            f"{r['confidence']:g}",
+            r["windows"],
+            f"{r['kept']:.3f} ± {r['error']:.3f}",
+            r["requests"],
+            f"{r['kl_over_budget']:.2f}",
+        ]
+        for r in rows
+    ]
+    head = ["confidence", "windows measured", "kept on other text", "requests"]
+    return markdown([*head, "KL there, of the budget"], lines)
 
 
 def real(stem):
@@ -463,6 +513,10 @@ BLOCKS = {
         tiny_run,
         refit_tiny,
         refit_tiny_perplexity,
+        refit_smollm2,
+        refit_smollm2_perplexity,
+        refitted_tiny,
+        coverage,
         smollm2_real,
         smollm2_real_perplexity,
         compare_tiny,

@@ -216,6 +216,16 @@ def show(rows):
         print(f"StratNet's KL is below uniform's at {', '.join(wins) or 'no sparsity'}{but}.")
 
 
+def show_progress(result, rounds):
+    """Print what each round of measuring added to the front: where it is flat, stop paying."""
+    volumes = []
+    for last in range(rounds + 1):
+        X, y = log_data([e for e in result.log if e["round"] <= last])
+        front = result.scale(result.layout.level(X), y)
+        volumes.append(f"{len(y)} {hypervolume(front):.4f}")
+    print(f"evaluations and hypervolume of the measured front: {', '.join(volumes)}")
+
+
 def show_predictions(log, rounds):
     """Print how well the last round's measurements were predicted."""
     last = [e for e in log if e["round"] == rounds and e["predicted"]]
@@ -410,6 +420,7 @@ class Run:
             f" {100 * inside / searched:.0f} % of the {searched:.1f} s before the table;"
             f" {self.seconds():.1f} s in all; wrote {self.args.out}"
         )
+        show_progress(result, self.args.rounds)
         show_predictions(result.log, self.args.rounds)
         show(rows)
 
