@@ -274,6 +274,28 @@ def smollm2_real_perplexity():
     return markdown(["perplexity at", *(f"{s:g}" for s in asked)], rows)
 
 
+def beside_evopress():
+    """KL of the present form over that of EvoPress at 104 evaluations a request, seed by seed: both
+    as ratios to uniform's with the same masks, calibration and search tokens.
+    """
+    _, rows = comparison("smollm2")
+    theirs = compare.with_ratios(rows, "requests")
+    theirs = [r for r in theirs if r["method"] == "EvoPress, 104 each"]
+    theirs = {(r["text"], r["sparsity"], r["seed"]): r["ratio"] for r in theirs}
+    lines = []
+    for text in ("wiki.test.raw", "c4-unseen.jsonl"):
+        ratios = {s: [] for s in compare.QUICK}
+        for (found, s), mine in real("real-smollm2").items():
+            if found == text and s in ratios:
+                pairs = zip(mine["unicuco"], mine["uniform"])
+                for seed, (ours, base) in enumerate(pairs):
+                    ratios[s].append(ours["kl"] / base["kl"] / theirs[text, s, seed])
+        means = [statistics.geometric_mean(of_seed) for of_seed in zip(*ratios.values())]
+        lines.append([TEXTS[text], *(pm(v, 3) for v in ratios.values()), pm(means, 3)])
+    head = ["StratNet's KL over EvoPress's at", *(f"{s:g}" for s in compare.QUICK), "mean"]
+    return markdown(head, lines)
+
+
 # ------------------------------------------------------------------------ what compare.py wrote
 def comparison(name):
     """(inputs, rows) of results/compare-NAME.json."""
@@ -517,6 +539,7 @@ BLOCKS = {
         refit_smollm2_perplexity,
         refitted_tiny,
         coverage,
+        beside_evopress,
         smollm2_real,
         smollm2_real_perplexity,
         compare_tiny,
