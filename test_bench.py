@@ -25,6 +25,7 @@ def options(model, text, out):
     )
 
 
+@pytest.mark.slow
 def test_slopes_are_those_of_log_seconds_over_log_size(monkeypatch):
     calls = []
 

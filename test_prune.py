@@ -420,7 +420,17 @@ def test_a_pattern_keeps_the_count_that_it_prints(small, text, tmp_path):
     assert all(((W.view(-1, 4) != 0).sum(1) == 2).all() for W in pruned)
 
 
-def test_without_a_stratnet_curvature_chooses_and_says_so(small, text, tmp_path, capsys):
+@pytest.fixture
+def quick_prior(monkeypatch):
+    """StratNet of the table alone after 200 steps."""
+    monkeypatch.setattr(
+        prune, "trained_on_prior", lambda a, b, _, g: unicuco.trained_on_prior(a, b, 200, g)
+    )
+
+
+def test_without_a_stratnet_curvature_chooses_and_says_so(
+    small, text, tmp_path, capsys, quick_prior
+):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)  # where no StratNet of an earlier run is found
         assert call(prune, *options(small, text), "--sparsity", 0.5, "--out", tmp_path / "out") == 0
@@ -579,7 +589,7 @@ def words_of(tokenizer, windows):
 
 
 def test_no_window_of_the_test_text_reaches_calibration_table_or_refit_and_kl_is_on_it_alone(
-    small, marked, tmp_path, monkeypatch
+    small, marked, tmp_path, monkeypatch, quick_prior
 ):
     seen = []
     for name in ("Divergence", "Pruner", "read_curves", "follow"):

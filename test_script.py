@@ -135,6 +135,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written():
     )
 
 
+@pytest.mark.slow
 def test_bad_files_end_in_one_line_and_exit_code_2_on_the_command_line(place, tmp_path):
     weights = load_file(place("plain") / "model.safetensors")
     cases = [
@@ -424,6 +425,7 @@ def test_an_output_that_no_disk_would_take_is_refused_before_any_work(tmp_path):
 PRINTER = "from script import run, say\n{}\nrun(lambda: [say('x' * 1000) for _ in range(1000)])"
 
 
+@pytest.mark.slow
 def test_closed_streams_and_letters_that_they_cannot_show_end_no_work(tmp_path):
     done = tmp_path / "done"
     program = PRINTER.format("") + f"\nopen({str(done)!r}, 'w')"

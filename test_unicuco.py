@@ -549,6 +549,7 @@ def known_curves(blocks=4):
     return t, torch.full_like(t, 1.3), torch.full_like(t, 4.0)
 
 
+@pytest.mark.slow
 def test_trained_on_exact_curves_alone_stratnet_is_within_3_percent_of_direct_optimisation():
     curves, layout = known_curves(), Layout(4, range(1, 8))
     generator = torch.Generator().manual_seed(0)
@@ -570,6 +571,7 @@ def test_trained_on_exact_curves_alone_stratnet_is_within_3_percent_of_direct_op
         assert float(f2(ours[None])) < best + 0.03 and best < uniform - 0.3  # nats of log KL
 
 
+@pytest.mark.slow
 def test_a_search_that_starts_from_curves_measures_where_they_are_not_enough_and_learns_the_rest():
     t, q, r = known_curves()
     layout = Layout(4, range(1, 8))
