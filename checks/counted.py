@@ -1,7 +1,7 @@
 """
 What pruning Llama 2 costs on a GPU, counted on shapes alone: no weight exists, nothing is timed.
 
-Run       python checks/counted.py            (2 minutes; ends with results/counted-llama2.json)
+Run       python checks/counted.py            (6 minutes; ends with results/counted-llama2.json)
 Counted   bytes that kernels touch, FLOPs of matrix products, kernels, the most bytes held: by the
           simulated device of simcuda.py, with bfloat16 weights and the defaults of prune.py.
 Not here  time, for no GPU has run this; the table of curvature, whose operators need values.
@@ -106,7 +106,7 @@ def main():
                 f" peak {r['peak'] / 1e9:6.2f} GB, {r['waits']} waits",
                 flush=True,
             )
-    write_json(ROOT / "results" / "counted-llama2.json", results)
+        write_json(ROOT / "results" / "counted-llama2.json", results)
 
 
 if __name__ == "__main__":
