@@ -157,28 +157,38 @@ def refit_rows(model):
 
 
 def refit_table(model, key, digits):
+    """Rows and head: one of MODEL's numbers at each sparsity; "-" where it was not measured."""
     found = refit_rows(model)
     rows = []
     for s in sorted({s for _, _, s in found}):
         cells = [f"{s:g}"]
         for method in ("uniform", "unicuco"):
             for refitted in (False, True):
-                cells.append(pm([r[key] for r in found[method, refitted, s]], digits))
+                mine = found.get((method, refitted, s))
+                cells.append(pm([r[key] for r in mine], digits) if mine else "-")
         rows.append(cells)
     names = ("uniform", "uniform, refitted", "StratNet", "StratNet, refitted")
     return rows, ["sparsity", *names]
 
 
+def seed_by_seed(ours, theirs):
+    """KL of rows over that of others, seed by seed; "-" where one was not measured."""
+    if not (ours and theirs):
+        return "-"
+    return pm([a["kl"] / b["kl"] for a, b in zip(ours, theirs)], 3)
+
+
 def refit_ratios(model):
-    """KL, and what of StratNet's gain survives the refit, paired by seed."""
+    """KL; what the refit leaves of StratNet's; what of StratNet's gain survives it."""
     rows, head = refit_table(model, "kl", 4)
     found = refit_rows(model)
     for cells, s in zip(rows, sorted({s for _, _, s in found})):
-        for refitted in (False, True):
-            pairs = zip(found["unicuco", refitted, s], found["uniform", refitted, s])
-            cells.append(pm([ours["kl"] / theirs["kl"] for ours, theirs in pairs], 3))
+        of = {(m, r): found.get((m, r, s)) for m in ("uniform", "unicuco") for r in (False, True)}
+        cells.append(seed_by_seed(of["unicuco", True], of["unicuco", False]))
+        cells.append(seed_by_seed(of["unicuco", False], of["uniform", False]))
+        cells.append(seed_by_seed(of["unicuco", True], of["uniform", True]))
     ratio = "StratNet / uniform"
-    return markdown([*head, ratio, f"{ratio}, both refitted"], rows)
+    return markdown([*head, "StratNet, refitted / not", ratio, f"{ratio}, both refitted"], rows)
 
 
 def refit_perplexity(model):
@@ -196,6 +206,17 @@ def refit_tiny_perplexity():
 
 def refit_smollm2():
     return refit_ratios("smollm2")
+
+
+def refit_smollm2_says():
+    """What a refit leaves of KL, on the embedded and on the real model."""
+    parts = []
+    for model, name in (("tiny", "the embedded model"), ("smollm2", "SmolLM2-135M")):
+        found = refit_rows(model)
+        asked = sorted({s for _, _, s in found})
+        left = [seed_by_seed(found["unicuco", True, s], found["unicuco", False, s]) for s in asked]
+        parts.append(f"{', '.join(left)} on {name}")
+    return f"- A refit leaves of StratNet's KL at {joined(asked)}: {'; '.join(parts)}."
 
 
 def refit_smollm2_perplexity():
@@ -536,6 +557,7 @@ BLOCKS = {
         refit_tiny,
         refit_tiny_perplexity,
         refit_smollm2,
+        refit_smollm2_says,
         refit_smollm2_perplexity,
         refitted_tiny,
         coverage,
