@@ -367,6 +367,14 @@ def requests_block(name, beside=None):
     return markdown(head, rows)
 
 
+def compare_present():
+    return requests_block("tiny-refitted")
+
+
+def compare_present_says():
+    return bullets(says("tiny-refitted"))
+
+
 def compare_tiny():
     return requests_block("tiny")
 
@@ -560,6 +568,8 @@ BLOCKS = {
         refit_smollm2_says,
         refit_smollm2_perplexity,
         refitted_tiny,
+        compare_present,
+        compare_present_says,
         coverage,
         beside_evopress,
         smollm2_real,
