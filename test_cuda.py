@@ -13,7 +13,7 @@ import bench
 import prune
 import simcuda
 import train
-from conftest import call, random_net, refuses, write_small
+from conftest import ROOT, call, random_net, refuses, write_small
 from curvature import damage_table
 from eval import Divergence, accelerate, perplexity, zero_shot
 from llama import load_llama, pack, save_llama, unpack
@@ -301,3 +301,16 @@ def measure_two(measure, layout, settings, seed, curves, show):
         for x, kl in zip(strategies, measure(strategies))
     ]
     return SimpleNamespace(net=random_net(21), layout=layout, scale=Scale(0.0, 1.0), log=log)
+
+
+def test_what_was_counted_for_7_billion_weights_keeps_its_budgets():
+    """Of results/counted-llama2.json, which checks/counted.py wrote; the refit is not among them."""
+    counted = json.loads((ROOT / "results" / "counted-llama2.json").read_text())["models"]
+    stages = {r["stage"]: r for r in counted["Llama-2-7B"]["rows"]}
+    assert stages["apply a strategy"]["bytes_per_weight"] <= 6.5
+    assert stages["apply a strategy"]["waits"] == 0
+    assert stages["f2"]["waits"] == 1 and stages["calibrate and rank"]["waits"] == 1 + 32
+    for stage in ("dense reference of f2", "calibrate and rank", "apply a strategy", "f2"):
+        assert stages[stage]["peak"] <= 40e9
+    for stage in ("calibrate, --offload", "f2, --offload"):
+        assert stages[stage]["peak"] <= 3e9
