@@ -129,8 +129,7 @@ def evopress(
     groups      None: any two places switch levels; else index tensors of places of equal size
     snapshots   smaller budgets whose best strategy is wanted too
     returns     {budget: (strategy (d,), seconds until then)}
-    Left out: levels from a database of pruned layers (any level costs nothing here), and a third
-    selection step.
+    Left out: a database of pruned layers (any level costs nothing here), a third selection step.
     """
     g = torch.Generator().manual_seed(seed)
     started = time.perf_counter()

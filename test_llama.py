@@ -704,8 +704,9 @@ MARKS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
 def fast_tokenizer(style):
-    """A small tokenizer.json as Llama 2 and Mistral have it (spaces become marks), or as Llama 3, Qwen2 and
-    SmolLM2 do (bytes)."""
+    """A small tokenizer.json as Llama 2 and Mistral have it (spaces become marks), or as Llama 3,
+    Qwen2 and SmolLM2 do (bytes).
+    """
     import tokenizers as t
 
     fast = t.Tokenizer(t.models.BPE(byte_fallback=True, unk_token="<unk>"))
@@ -725,7 +726,8 @@ def fast_tokenizer(style):
 
 
 STYLES = {
-    # legacy: a space after each mark too, as tokenizer.json says; without it transformers 5 rewrites the file's rule
+    # legacy: a space after each mark too, as tokenizer.json says; without it transformers 5
+    # rewrites the file's rule
     "llama2": {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "legacy": True},
     "llama3": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>"},
     "qwen2": {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None},
