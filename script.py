@@ -58,7 +58,8 @@ def open_streams():
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(OSError):  # a stream whose file was exchanged below it
+                stream.reconfigure(errors="replace")
 
 
 def hush():
