@@ -589,7 +589,7 @@ def words_of(tokenizer, windows):
 
 
 def test_no_window_of_the_test_text_reaches_calibration_table_or_refit_and_kl_is_on_it_alone(
-    small, marked, tmp_path, monkeypatch, quick_prior
+    small, marked, tmp_path, monkeypatch, quick_prior, capsys
 ):
     seen = []
     for name in ("Divergence", "Pruner", "read_curves", "follow"):
@@ -607,6 +607,8 @@ def test_no_window_of_the_test_text_reaches_calibration_table_or_refit_and_kl_is
         assert windows.numel() == (128 if name == "Divergence" else 4 * 64)
     record = json.loads((tmp_path / "out" / "strategy.json").read_text())
     assert record["measured_on"] == "test.txt" and record["tokens"] == 128
+    said = "calibrated on 256 tokens, measured on 128 of test.txt"
+    assert said in capsys.readouterr().out
     dense, _ = load_llama(small)
     windows = next(arguments[1] for name, arguments in seen if name == "Divergence")
     perplexity = evaluation.perplexity(dense, windows.flatten(), 64)

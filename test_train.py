@@ -427,7 +427,7 @@ def spied(monkeypatch, name, seen):
 
 
 def test_no_window_of_the_test_text_reaches_calibration_table_or_search(
-    small, tmp_path, monkeypatch, short
+    small, tmp_path, monkeypatch, short, capsys
 ):
     (tmp_path / "choose.txt").write_text("alpha beta " * 3000)
     (tmp_path / "test.txt").write_text("omega psi " * 3000)
@@ -444,6 +444,7 @@ def test_no_window_of_the_test_text_reaches_calibration_table_or_search(
         chosen_on, tested_on = {"alpha", "beta"} & said, {"omega", "psi"} & said
         assert bool(tested_on) == (name == "Divergence") != bool(chosen_on), name
     assert torch.equal(windows["Pruner"], windows["damage_table"])
+    assert "calibration 128 tokens, f2 64 tokens" in capsys.readouterr().out
     assert windows["Pruner"].shape == (2, 64) and windows["F2"].shape == (1, 64)
     rows = {tuple(w.tolist()) for w in windows["Pruner"]}
     assert tuple(windows["F2"][0].tolist()) not in rows or len(rows) == 1
