@@ -210,7 +210,7 @@ def sparsegpt_matrix(W, H, sparsity, kept=None, *, damping=0.01, width=128):
     the columns to its right, as the inverse of H = x^T x (d_in, d_in) says.
 
     kept      mask (d_out, d_in), True = stays; None: chosen in each `width` columns by
-              w^2 / [H^-1]_jj, the lowest `sparsity` of them going
+              w^2 / [H^-1]_jj, H of the columns from j on, the lowest `sparsity` of them going
     returns   the new W, float32, 0 where pruned
     """
     W, H = W.float().clone(), H.clone()

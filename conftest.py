@@ -111,6 +111,17 @@ def call(module, *words):
     return 0
 
 
+def spied(monkeypatch, module, name, seen):
+    """Replace a class or function of `module` by one that also appends its arguments to `seen`."""
+    original = getattr(module, name)
+
+    def spy(*arguments, **named):
+        seen.append((name, arguments))
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(module, name, spy)
+
+
 def run_script(*words):
     """A script in a process of its own: what `subprocess.run` gives."""
     command = [sys.executable, *map(str, words)]

@@ -339,8 +339,8 @@ class Pruner:
     def zeros(self):
         """The fraction of the live block weights that are 0, whoever made them so."""
         live = [W for block in self.live for W in block]
-        zeros = sum(W.numel() - int(W.count_nonzero()) for W in live)
-        return zeros / sum(W.numel() for W in live)
+        kept = int(torch.stack([W.count_nonzero() for W in live]).sum())  # one wait for the device
+        return 1 - kept / sum(W.numel() for W in live)
 
     def mask_sparsity(self, masks):
         """The fraction of all block weights that masks {parameter name: bool} drop."""

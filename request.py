@@ -145,8 +145,6 @@ def strategy_of(request, surrogate):
 
 
 def by_preference(request, surrogate):
-    if surrogate.net is None:
-        raise Refused("a preference needs StratNet: it cannot be asked with --uniform")
     l1 = request["value"]
     with torch.no_grad():
         return surrogate.net(torch.tensor([[l1, 1 - l1]]))[0]

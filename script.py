@@ -418,9 +418,8 @@ def new_folder(path, force=False):
 
     refuse_to_replace(path, force)
     partial.mkdir(parents=True, exist_ok=True)
-    with locked(
-        partial, f"another process is writing {path}: wait for it, or choose another --out"
-    ):
+    busy = f"another process is writing {path}: wait for it, or choose another --out"
+    with locked(partial, busy):
         empty(partial)
         tidy()
         try:

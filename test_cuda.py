@@ -90,7 +90,7 @@ class Paths:
         self.results["zero-shot"] = asked["predictions"], asked["predictions_norm"]
 
     def save(self, out):
-        """Plain and packed, with refitted values: {form: (bytes of the file, KL when read again)}."""
+        """Plain and packed, with refitted values: {form: (file's bytes, KL when read again)}."""
         for form in ("plain", "packed"):
             folder, how = out / form, (self.masks, form == "packed", self.values)
             with self.at(form):
@@ -304,7 +304,7 @@ def measure_two(measure, layout, settings, seed, curves, show):
 
 
 def test_what_was_counted_for_7_billion_weights_keeps_its_budgets():
-    """Of results/counted-llama2.json, which checks/counted.py wrote; the refit is not among them."""
+    """Of results/counted-llama2.json, by checks/counted.py; the refit is not among them."""
     counted = json.loads((ROOT / "results" / "counted-llama2.json").read_text())["models"]
     stages = {r["stage"]: r for r in counted["Llama-2-7B"]["rows"]}
     assert stages["apply a strategy"]["bytes_per_weight"] <= 6.5

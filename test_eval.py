@@ -337,7 +337,8 @@ def test_eval_prints_zero_shot_accuracies_with_paired_differences_which_are_0_fr
     # as the dense model, then as the model
     first, second = capsys.readouterr().out.split("model small:\n")[1:]
     lines = re.findall(
-        r"^(\w+) +(acc\w*) +([\d.]+) ± ([\d.]+)  \(3 documents\)   ([+-][\d.]+) ± ([\d.]+) paired",
+        r"^(\w+) +(acc\w*) +([\d.]+) ± ([\d.]+)  \(3 documents\)"
+        r"   ([+-][\d.]+) ± ([\d.]+) paired",
         second,
         re.M,
     )

@@ -199,7 +199,7 @@ def test_quantised_weights_are_refused_by_their_method_and_dense_ones_of_sparseg
     assert load_llama(folder)
 
 
-def test_a_packed_folder_in_shards_or_not_is_an_error_for_transformers_and_unpacks_to_the_same_names(
+def test_a_packed_folder_is_an_error_for_transformers_and_unpacks_to_the_same_names(
     place, tmp_path
 ):
     transformers = pytest.importorskip("transformers")

@@ -32,6 +32,7 @@ from conftest import (
     relative,
     run_script,
     seeds,
+    spied,
     steady,
     write_small,
 )
@@ -558,7 +559,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ------------------------------------------------------------- what reaches what, and what is refused
+# ------------------------------------------------------ what reaches what, what is refused
 MARKED = "alpha beta " * 3000, "omega psi " * 3000  # texts to choose on, and to test on
 
 
@@ -569,17 +570,6 @@ def marked(tmp_path):
     for path, words in zip(paths, MARKED):
         path.write_text(words)
     return paths
-
-
-def spied(monkeypatch, module, name, seen):
-    """Replace a class or function of `module` by one that also appends its arguments to `seen`."""
-    original = getattr(module, name)
-
-    def spy(*arguments, **named):
-        seen.append((name, arguments))
-        return original(*arguments, **named)
-
-    monkeypatch.setattr(module, name, spy)
 
 
 def words_of(tokenizer, windows):

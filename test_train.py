@@ -26,7 +26,7 @@ import llama
 import script
 import train
 import unicuco
-from conftest import CPU, ROOT, call, random_model, random_net, write_small
+from conftest import CPU, ROOT, call, random_model, random_net, spied, write_small
 from prune import F2, Pruner
 from script import TINY, Journal, Refused
 from unicuco import SearchSettings, one_thread, search, strategy_for
@@ -415,17 +415,6 @@ def test_a_folder_with_a_run_is_kept_unless_it_is_resumed_or_given_up(
 
 
 # ------------------------------------------------------------------- what reaches what, two at once
-def spied(monkeypatch, name, seen):
-    """Replace a class or function of train.py by one that also appends its arguments to `seen`."""
-    original = getattr(train, name)
-
-    def spy(*arguments, **named):
-        seen.append((name, arguments))
-        return original(*arguments, **named)
-
-    monkeypatch.setattr(train, name, spy)
-
-
 def test_no_window_of_the_test_text_reaches_calibration_table_or_search(
     small, tmp_path, monkeypatch, short, capsys
 ):
@@ -433,7 +422,7 @@ def test_no_window_of_the_test_text_reaches_calibration_table_or_search(
     (tmp_path / "test.txt").write_text("omega psi " * 3000)
     seen = []
     for name in ("Pruner", "damage_table", "F2", "Divergence"):
-        spied(monkeypatch, name, seen)
+        spied(monkeypatch, train, name, seen)
     words = run_words(small, tmp_path / "choose.txt", tmp_path / "out", 3, 1)
     assert call(train, *words, "--test", tmp_path / "test.txt") == 0
     _, tokenizer = llama.load_llama(small)
