@@ -586,10 +586,12 @@ def test_no_window_of_the_test_text_reaches_calibration_table_or_refit_and_kl_is
         spied(monkeypatch, prune, name, seen)
     monkeypatch.chdir(tmp_path)
     words = (*options(small, marked[0]), "--test", marked[1], "--refit", "--sparsity", 0.5)
+    words += ("--seed", 3)
     assert call(prune, *words, "--out", tmp_path / "out") == 0
     _, tokenizer = load_llama(small)
     place = {"Divergence": 1, "Pruner": 1, "read_curves": 1, "follow": 2}
     assert {name for name, _ in seen} == place.keys()
+    assert dict(seen)["read_curves"][2] == 3  # the seed
     for name, arguments in seen:
         windows = arguments[place[name]]
         right = {"omega", "psi"} if name == "Divergence" else {"alpha", "beta"}

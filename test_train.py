@@ -424,7 +424,9 @@ def test_no_window_of_the_test_text_reaches_calibration_table_or_search(
     for name in ("Pruner", "damage_table", "F2", "Divergence"):
         spied(monkeypatch, train, name, seen)
     words = run_words(small, tmp_path / "choose.txt", tmp_path / "out", 3, 1)
-    assert call(train, *words, "--test", tmp_path / "test.txt") == 0
+    spied(monkeypatch, train, "prior_of", how := [])
+    assert call(train, *words, "--test", tmp_path / "test.txt", "--seed", 3) == 0
+    assert how[0][1][2:] == ("curvature", "matrix", 3)
     _, tokenizer = llama.load_llama(small)
     assert [name for name, _ in seen] == ["Pruner", "damage_table", "F2", "Divergence"]
     windows = {name: arguments[1] for name, arguments in seen}
