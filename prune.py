@@ -237,6 +237,26 @@ class Masks(Mapping):
     def __len__(self):
         return len(self.parts)
 
+    def counts(self):
+        """{parameter name: how many weights of each row go}."""
+        return {name: threshold for name, (_, threshold) in self.parts.items()}
+
+
+class Survivors(Mapping):
+    """{parameter name: bool (d_out, d_in), True = kept} of refitted values: what is not 0."""
+
+    def __init__(self, values):
+        self.values_of = values
+
+    def __getitem__(self, name):
+        return self.values_of[name] != 0
+
+    def __iter__(self):
+        return iter(self.values_of)
+
+    def __len__(self):
+        return len(self.values_of)
+
 
 class Pruner:
     """Ranks of all block weights of `model`, by `metric`, on calibration windows (n, T); then any
@@ -436,6 +456,11 @@ def check_made_for(about, args):
         )
 
 
+def chosen_by_refit(args):
+    """Whether the refit says which weights of a row go, and not their scores."""
+    return args.refit and not (args.keep_masks or args.pattern)
+
+
 def stamps(folder):
     """Size and time of every weight file: what changes when somebody replaces one."""
     return [(p.stat().st_size, p.stat().st_mtime_ns) for p in weight_files(folder)]
@@ -513,8 +538,9 @@ class Service:
             masks = pattern_masks(pruner, strategy, keep, group)
             counted = pruner.mask_sparsity(masks)
         if self.args.refit:
-            dtypes = stored_dtypes(self.args.model)
-            return masks, counted, follow(pruner, masks, self.calibration, dtypes)
+            wanted = masks.counts() if chosen_by_refit(self.args) else masks
+            values = follow(pruner, wanted, self.calibration, stored_dtypes(self.args.model))
+            return Survivors(values), counted, values
         pruner.apply_masks(masks) if self.args.pattern else pruner.apply(strategy)
         return masks, counted, None
 
@@ -540,6 +566,7 @@ class Service:
             "request": {request["kind"]: request["value"]},
             "method": self.method,
             "refitted": args.refit,
+            "masks": "chosen by the refit" if chosen_by_refit(args) else "ranked",
             "metric": args.metric,
             "pattern": args.pattern,
             "model": args.model.resolve().name,
@@ -638,6 +665,8 @@ def add_ways(parser):
         default=True,
         help="move survivors to follow the dense model; --no-refit: bit-identical to the source",
     )
+    masks = "refit on the masks of --metric, instead of masks that the refit chooses"
+    parser.add_argument("--keep-masks", **flag, help=masks)
     parser.add_argument("--offload", **flag, help="keep the blocks in host memory, two on the GPU")
 
 

@@ -20,28 +20,30 @@ from model import LINEARS
 
 STEPS = 8  # of conjugate gradients: within 3 % of the exact solution's error
 DAMPING = 0.1  # of the mean diagonal of H: how strongly survivors are held to their old values
+STAGES = 4  # in which a row loses its weights, where the refit chooses them
+BETWEEN = 3  # steps of conjugate gradients between two stages
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # Linears that read one input: q k v | o | gate up | down
 
 
-def least_squares(W, kept, H, C, steps=STEPS, damping=DAMPING):
-    """argmin_V ||x V^T - y||^2 + lam ||V - W||^2 over V that is 0 outside `kept`.
+def damped(W, H, C, damping):
+    """H + lam I and C + lam W, lam = damping * mean diag H: survivors are held to their old values.
 
-    lam       damping * mean diag H: how strongly survivors are held to their old values
+    lam > 0, so a singular H is no exception, and inputs that are all zero leave W as it was.
+    """
+    lam = (damping * H.diagonal().mean()).clamp(min=1e-12)
+    return H + lam * torch.eye(len(H), device=H.device), C + lam * W
 
-    W, C      (d_out, d_in) float32;  kept: (d_out, d_in) bool;  H: (d_in, d_in) float32, positive
-              semidefinite
-    returns   (d_out, d_in) float32, +0.0 where nothing is kept
-    The normal equations of a row, (V (H + lam I))[kept] = (C + lam W)[kept], differ from row to row
-    by their mask alone: so all rows go through conjugate gradients together, one product with H a
-    step, preconditioned by 1 / diag. lam > 0, so a singular H is no exception, and inputs that are
-    all zero leave W as it was.
+
+def conjugate_gradients(V, kept, H, C, steps):
+    """`steps` from V * kept towards (V H)[kept] = C[kept]: (d_out, d_in) float32, 0 outside `kept`.
+
+    The equations differ from row to row by their mask alone: so all rows go together, one product
+    with H a step, preconditioned by 1 / diag.
     """
     tiny = torch.finfo(torch.float32).tiny
-    lam = (damping * H.diagonal().mean()).clamp(min=1e-12)
-    H = H + lam * torch.eye(len(H), device=H.device)
     inverse = H.diagonal().reciprocal()
-    V = W * kept
-    residual = (C + lam * W - V @ H) * kept
+    V = V * kept
+    residual = (C - V @ H) * kept
     direction = residual * inverse
     energy = (residual * direction).sum(1, keepdim=True)
     for _ in range(steps):
@@ -53,7 +55,38 @@ def least_squares(W, kept, H, C, steps=STEPS, damping=DAMPING):
         before = energy
         energy = (residual * scaled).sum(1, keepdim=True)
         direction = scaled + energy / before.clamp(min=tiny) * direction
-    return torch.where(kept, V, 0)  # W * kept left -0.0 where a negative weight went
+    return torch.where(kept, V, 0)  # V * kept left -0.0 where a negative weight went
+
+
+def least_squares(W, kept, H, C, steps=STEPS, damping=DAMPING):
+    """argmin_V ||x V^T - y||^2 + lam ||V - W||^2 over V that is 0 outside `kept`.
+
+    W, C      (d_out, d_in) float32;  kept: (d_out, d_in) bool;  H: (d_in, d_in) float32, positive
+              semidefinite;  lam: see `damped`
+    returns   (d_out, d_in) float32, +0.0 where nothing is kept
+    """
+    H, C = damped(W, H, C, damping)
+    return conjugate_gradients(W, kept, H, C, steps)
+
+
+def choose(W, H, C, drop, stages=STAGES, damping=DAMPING):
+    """The mask (d_out, d_in), True = kept, whose refit will lose little: `drop` weights of each row
+    go, in `stages`.
+
+    From the solution without a mask, weights go that cost least to lose while the others make it
+    good, v_j^2 / [H^-1]_jj (Optimal Brain Surgeon); after each stage but the last the rest is
+    solved again. W, H and C as in `least_squares`.
+    """
+    H, C = damped(W, H, C, damping)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    V, kept = C @ inverse, torch.ones_like(W, dtype=torch.bool)
+    for stage in range(1, stages + 1):
+        cost = torch.where(kept, V**2 / inverse.diagonal(), -1)  # what is gone stays gone
+        gone = cost.topk(drop * stage // stages, largest=False, sorted=False).indices
+        kept = torch.ones_like(kept).scatter_(1, gone, False)
+        if stage < stages:
+            V = conjugate_gradients(V, kept, H, C, BETWEEN)
+    return kept
 
 
 def storable(V, W, dtype):
@@ -116,14 +149,16 @@ def normal_equations(walks, wanted, group, bias):
     return H, C
 
 
-def refit_matrix(pruner, i, j, kept, H, target, linear, dtype, **solver):
+def refit_matrix(pruner, i, j, wish, H, target, linear, dtype, **solver):
     """Solve for matrix j of block i, write it into the live weights and into `linear`, the module
     that computes; the new values.
 
+    wish      its mask, or how many weights of each row go: then the mask is chosen here
     Both are one unless blocks are offloaded: then `linear` is the block's room on the device.
     """
     W = pruner.dense[i][j].to(H.device)
-    V = least_squares(W.float(), kept.to(H.device), H, target, **solver)
+    kept = choose(W.float(), H, target, wish) if isinstance(wish, int) else wish.to(H.device)
+    V = least_squares(W.float(), kept, H, target, **solver)
     V = storable(V, W, dtype)
     pruner.live[i][j].copy_(V)
     linear.weight.copy_(V)
@@ -135,7 +170,8 @@ def follow(pruner, masks, windows, dtypes=None, **solver):
     """Prune the model by `masks` and refit what survives, block by block, on calibration windows
     (n, T).
 
-    masks     {parameter name: bool (d_out, d_in), True = kept}; a matrix without one stays dense
+    masks     {parameter name: bool (d_out, d_in), True = kept}; or how many weights of each row
+              go, int, of which `choose` then says which; a matrix that is not named stays dense
     dtypes    {parameter name: dtype} of the source's files, to which values are rounded before they
               are used; default: as computed
     solver    steps, damping: see `least_squares`
@@ -154,11 +190,12 @@ def follow(pruner, masks, windows, dtypes=None, **solver):
             H, C = normal_equations(walks, wanted, group, linears[0].bias)
             for j, linear in zip(members, linears):
                 name = pruner.names[i][j]
-                if masks.get(name) is None:
+                wish = masks.get(name)
+                if wish is None:
                     continue
                 target = C if group % 2 else linear.weight.float() @ C
                 dtype = (dtypes or {}).get(name, linear.weight.dtype)
-                V = refit_matrix(pruner, i, j, masks[name], H, target, linear, dtype, **solver)
+                V = refit_matrix(pruner, i, j, wish, H, target, linear, dtype, **solver)
                 values[name] = V.cpu()
         pruned = [next(walk)[1] for walk in walks]
         dense = [want.output for want in wanted]

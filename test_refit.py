@@ -4,6 +4,7 @@ Refitted survivors: against the normal equations, on inputs that break a solver,
 Run       pytest test_refit.py        (each tolerance has its dtype beside it)
 """
 
+import itertools
 import json
 
 import pytest
@@ -18,7 +19,7 @@ from llama import load_llama
 from model import Block
 from offload import offload_blocks
 from patterns import pattern_masks
-from prune import Pruner
+from prune import Pruner, keep_mask
 
 
 def problem(rows=5, columns=12, tokens=200, seed=0):
@@ -57,6 +58,53 @@ def test_the_default_steps_lose_at_most_3_percent_of_what_the_exact_solution_gai
     masked, ours = error(W * kept), error(refit.least_squares(W, kept, H, C))
     exact = error(refit.least_squares(W, kept, H, C, steps=400))
     assert exact < ours < masked and masked - ours > 0.97 * (masked - exact)
+
+
+def layer_error(H, W, kept):
+    """tr (V - W) H (V - W)^T of the damped least squares on `kept`, solved exactly, float64."""
+    lam = refit.DAMPING * H.diagonal().mean()
+    A, total = (H + lam * torch.eye(len(H))).double(), 0.0
+    for w, k in zip(W.double(), kept):
+        v = torch.zeros_like(w)
+        v[k] = torch.linalg.solve(A[k][:, k], (A @ w)[k])
+        total += float((v - w) @ A @ (v - w))
+    return total
+
+
+def best_mask(H, w, drop):
+    """By brute force: of all masks of a row that drop `drop` weights, the one of least error."""
+    places = itertools.combinations(range(len(w)), drop)
+    masks = [torch.tensor([j not in gone for j in range(len(w))]) for gone in places]
+    return min(masks, key=lambda kept: layer_error(H, w[None], kept[None]))
+
+
+def test_without_correlation_the_chosen_mask_is_the_best_of_all_masks():
+    g = torch.Generator().manual_seed(3)
+    W, H = torch.randn(6, 7, generator=g), torch.diag(torch.rand(7, generator=g) + 0.1)
+    for drop in (0, 1, 3, 6, 7):
+        kept = refit.choose(W, H, W @ H, drop)
+        assert ((~kept).sum(1) == drop).all()
+        best = torch.stack([best_mask(H, w, drop) for w in W])
+        assert torch.equal(kept, best)
+
+
+def test_among_correlated_inputs_the_chosen_mask_is_near_the_best_and_ahead_of_wanda():
+    wanda, chosen, best = 0.0, 0.0, 0.0
+    for seed in range(6):
+        W, _, x, _ = problem(8, 8, 60, seed)
+        H = x.T @ x
+        wanda += layer_error(H, W, keep_mask(prune.wanda(W, x.norm(dim=0)), 0.5))
+        chosen += layer_error(H, W, refit.choose(W, H, W @ H, 4))
+        best += layer_error(H, W, torch.stack([best_mask(H, w, 4) for w in W]))
+    assert best < chosen < 1.15 * best and chosen < 0.85 * wanda  # 1.11 and 0.78
+
+
+def test_inputs_that_are_all_zero_or_few_leave_a_mask_of_the_right_count():
+    W, _, x, _ = problem()
+    for rank in (0, 1, 5):
+        x[rank:] = 0
+        H = x.T @ x
+        assert ((~refit.choose(W, H, W @ H, 5)).sum(1) == 5).all()
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
@@ -136,10 +184,18 @@ def test_prune_refits_by_default_stores_the_sources_dtype_and_packed_is_plain(te
     source = write_small(tmp_path / "source", dtype=torch.float16)
     words = ("--model", source, "--data", text, "--seqlen", 64, "--calibration", 8)
     words = (*words, "--tokens", 128, "--uniform", "--sparsity", 0.5, *CPU)
-    for name, more in (("plain", ()), ("packed", ("--packed",)), ("kept", ("--no-refit",))):
+    ways = {"plain": ["--keep-masks"], "packed": ["--packed", "--keep-masks"]}
+    ways |= {"kept": ["--no-refit"], "chosen": [], "chosen-packed": ["--packed"]}
+    for name, more in ways.items():
         assert call(prune, *words, "--out", tmp_path / name, *more) == 0
     plain, packed = (load_llama(tmp_path / name)[0].state_dict() for name in ("plain", "packed"))
     assert all(torch.equal(plain[n], packed[n]) for n in plain)
+    chosen, packed = (load_llama(tmp_path / f"chosen{n}")[0].state_dict() for n in ("", "-packed"))
+    assert all(torch.equal(chosen[n], packed[n]) for n in chosen)
+    up = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal((chosen[up] == 0).sum(1), (plain[up] == 0).sum(1))
+    assert not torch.equal(chosen[up] == 0, plain[up] == 0)
+    assert not chosen[up].signbit()[chosen[up] == 0].any()
     dense, kept, moved = (
         load_file(tmp_path / name / "model.safetensors") for name in ("source", "kept", "plain")
     )
@@ -151,11 +207,11 @@ def test_prune_refits_by_default_stores_the_sources_dtype_and_packed_is_plain(te
             assert not torch.equal(moved[name], kept[name])
         else:
             assert torch.equal(moved[name], dense[name])
-    records = {
-        n: json.loads((tmp_path / n / "strategy.json").read_text()) for n in ("plain", "kept")
-    }
+    records = {n: json.loads((tmp_path / n / "strategy.json").read_text()) for n in ways}
     assert records["plain"]["refitted"] and not records["kept"]["refitted"]
-    assert records["plain"]["counted"] == records["kept"]["counted"] == 0.5
+    assert all(record["counted"] == 0.5 for record in records.values())
+    masks = [records[n]["masks"] for n in ("plain", "kept", "chosen")]
+    assert masks == ["ranked", "ranked", "chosen by the refit"]
 
 
 @pytest.mark.slow
