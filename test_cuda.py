@@ -4,12 +4,14 @@ CUDA without a GPU: all paths run to their end on a simulated device, with the C
 
 import contextlib
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench
+import eval as eval_module
 import prune
 import simcuda
 import train
@@ -268,6 +270,31 @@ def test_2_in_4_runs_on_the_kernels_that_take_it_and_the_rest_is_left_out(tmp_pa
 # -------------------------------------------------------------------------------------- commands
 def command(module, folder, text, out, *words):
     return call(module, "--model", folder, "--data", text, "--out", out, *FEW, *words)
+
+
+def test_eval_moves_2_in_4_onto_the_kernels_and_says_how_fast_how_many_and_what_is_left_out(
+    text, tmp_path, capsys
+):
+    source = write_small(tmp_path / "m", intermediate_size=104)  # no multiple of 16
+    pruned, how = tmp_path / "pruned", ("--data", text, "--seqlen", 32, "--device", "cuda")
+    ways = ("--uniform", "--sparsity", 0.5, "--pattern", "2:4", "--no-refit")
+    with simulated():
+        assert command(prune, source, text, pruned, *ways) == 0
+    said = {}
+    for dtype, capability in (("bfloat16", (8, 0)), ("bfloat16", (7, 5)), ("float32", (8, 0))):
+        capsys.readouterr()
+        with simulated(capability=capability) as log:
+            more = ("--accelerate", "--dense", source, "--tokens", 128, "--dtype", dtype)
+            assert call(eval_module, "--model", pruned, *how, *more) == 0
+        said[dtype, capability] = capsys.readouterr().out
+        assert not log.races
+    fast = said["bfloat16", (8, 0)].splitlines()
+    assert re.fullmatch(
+        r"12 Linears on semi-structured kernels: \d+\.\d\d times as fast as dense", fast[0]
+    )
+    assert fast[1].startswith("9 left out") and fast[-1].startswith("perplexity")
+    assert said["bfloat16", (7, 5)].startswith("no speed-up on cuda:0: ")
+    assert said["float32", (8, 0)].splitlines()[1].startswith("21 left out")
 
 
 @pytest.mark.parametrize(
