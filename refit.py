@@ -12,6 +12,8 @@ Not here  new masks (tried: re-ranking on the pruned prefix gives nothing), grad
           the whole model.
 """
 
+import itertools
+
 import torch
 from tqdm import tqdm
 
@@ -20,6 +22,7 @@ from model import LINEARS
 
 STEPS = 8  # of conjugate gradients: within 3 % of the exact solution's error
 DAMPING = 0.1  # of the mean diagonal of H: how strongly survivors are held to their old values
+SOLVED = 2**23  # weights of a matrix solved for at once: about ten times 34 MB live meanwhile
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # Linears that read one input: q k v | o | gate up | down
 
 
@@ -29,7 +32,7 @@ def least_squares(W, kept, H, C, steps=STEPS, damping=DAMPING):
     lam       damping * mean diag H: how strongly survivors are held to their old values
 
     W, C      (d_out, d_in) float32;  kept: (d_out, d_in) bool;  H: (d_in, d_in) float32, positive
-              semidefinite
+              semidefinite; lam is added to its diagonal meanwhile, for a copy could be too large
     returns   (d_out, d_in) float32, +0.0 where nothing is kept
     The normal equations of a row, (V (H + lam I))[kept] = (C + lam W)[kept], differ from row to row
     by their mask alone: so all rows go through conjugate gradients together, one product with H a
@@ -38,7 +41,8 @@ def least_squares(W, kept, H, C, steps=STEPS, damping=DAMPING):
     """
     tiny = torch.finfo(torch.float32).tiny
     lam = (damping * H.diagonal().mean()).clamp(min=1e-12)
-    H = H + lam * torch.eye(len(H), device=H.device)
+    diagonal = H.diagonal().clone()
+    H.diagonal().add_(lam)
     inverse = H.diagonal().reciprocal()
     V = W * kept
     residual = (C + lam * W - V @ H) * kept
@@ -53,6 +57,7 @@ def least_squares(W, kept, H, C, steps=STEPS, damping=DAMPING):
         before = energy
         energy = (residual * scaled).sum(1, keepdim=True)
         direction = scaled + energy / before.clamp(min=tiny) * direction
+    H.diagonal().copy_(diagonal)
     return torch.where(kept, V, 0)  # W * kept left -0.0 where a negative weight went
 
 
@@ -65,36 +70,56 @@ def storable(V, W, dtype):
     return torch.where(fits, rounded, torch.where(V != 0, W, 0).to(dtype))
 
 
-def gram(x, panels=4):
-    """x^T x (d_in, d_in) of x (tokens, d_in): only what lies on or above the diagonal is computed,
-    panel by panel; then mirrored.
+def panels(d_in, count=4):
+    width = -(-d_in // count)
+    return [slice(start, start + width) for start in range(0, d_in, width)]
+
+
+def add_gram(H, x):
+    """H += x^T x for x (tokens, d_in), panel by panel, on and above the diagonal alone: `mirror`
+    does the rest.
 
     BLAS's own symmetric product, called through numpy, is as fast on one thread; on two, its
     threads and torch's fight for the cores (a refit of tiny: 25.3 s, with this 10.1 s).
     """
-    d_in = x.shape[1]
-    H = x.new_empty(d_in, d_in)
-    for start in range(0, d_in, -(-d_in // panels)):
-        rows = slice(start, start + -(-d_in // panels))
-        H[rows, start:] = x[:, rows].T @ x[:, start:]
-    return H.triu() + H.triu(1).T
+    for rows in panels(len(H)):
+        H[rows, rows.start :].add_(x[:, rows].T @ x[:, rows.start :])
+
+
+def mirror(H):
+    """H with what is above the diagonal below it, too: in place."""
+    for rows in panels(len(H)):
+        corner = H[rows, rows]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        H[rows.stop :, rows].copy_(H[rows, rows.stop :].T)
+    return H
+
+
+def gram(x):
+    """x^T x (d_in, d_in) of x (tokens, d_in)."""
+    H = x.new_zeros(x.shape[1], x.shape[1])
+    add_gram(H, x)
+    return mirror(H)
 
 
 class Wanted:
     """What the refitted block shall reach on one batch, recorded while the block is dense: a target
-    for each of GROUPS.
+    for each of GROUPS, to be taken once.
     """
 
     def __init__(self, block, h, rotary):
         (attention_in, _), _, (mlp_in, after_attention), _, (_, self.output) = block.walk(h, rotary)
-        self.targets = attention_in, after_attention, mlp_in, self.output
+        self.targets = [attention_in, after_attention, mlp_in, self.output]
 
-    def residual_target(self, group, stream, bias):
-        """o and down write into the stream: what it still lacks of the dense one's, less their bias
-        (B T, d_out).
+    def take(self, group, stream, bias):
+        """y (B T, d_out) float32. o and down write into the stream: what it still lacks of the
+        dense one's, less their bias. For the others, the dense model's input.
         """
-        lacking = self.targets[group].float() - stream.float()
-        return (lacking if bias is None else lacking - bias.float()).flatten(0, 1)
+        target, self.targets[group] = self.targets[group].float(), None
+        if group % 2:
+            target = target - stream.float()
+            target = target if bias is None else target - bias.float()
+        return target.flatten(0, 1)
 
 
 def normal_equations(walks, wanted, group, bias):
@@ -103,31 +128,32 @@ def normal_equations(walks, wanted, group, bias):
     For q, k, v, gate and up, y is the dense model's input: W C is then what W needs, whatever its
     rows.
     """
-    H = C = 0
+    H = C = None
     for walk, want in zip(walks, wanted):
         x, stream = next(walk)
-        x = x.flatten(0, 1).float()
-        if group % 2:
-            y = want.residual_target(group, stream, bias)
-        else:
-            y = want.targets[group].flatten(0, 1).float()
-        H = H + gram(x)
-        C = C + y.T @ x
-    return H, C
+        x, y = x.flatten(0, 1).float(), want.take(group, stream, bias)
+        if H is None:
+            H, C = (x.new_zeros(n, x.shape[1]) for n in (x.shape[1], y.shape[1]))
+        add_gram(H, x)
+        for out, part in zip(in_rows(C), y.split(len(in_rows(C)[0]), 1)):
+            out.add_(part.T @ x)
+    return mirror(H), C
 
 
-def refit_matrix(pruner, i, j, kept, H, target, linear, dtype, **solver):
-    """Solve for matrix j of block i, write it into the live weights and into `linear`, the module
-    that computes; the new values.
+def in_rows(W):
+    """W (d_out, d_in) in pieces of whole rows, SOLVED weights at most."""
+    return W.split(max(1, SOLVED // W.shape[1]))
 
-    Both are one unless blocks are offloaded: then `linear` is the block's room on the device.
-    """
-    W = pruner.dense[i][j].to(H.device)
-    V = least_squares(W.float(), kept.to(H.device), H, target, **solver)
-    V = storable(V, W, dtype)
-    pruner.live[i][j].copy_(V)
-    linear.weight.copy_(V)
-    return V
+
+def refit_matrix(W, kept, H, C, group, dtype, **solver):
+    """The new values (d_out, d_in) of a dense matrix W, in `dtype`."""
+    pieces = []
+    wanted = in_rows(C) if group % 2 else itertools.repeat(C)
+    for w, k, target in zip(in_rows(W), in_rows(kept.to(H.device)), wanted):
+        full = w.float()
+        target = target if group % 2 else full @ target
+        pieces.append(storable(least_squares(full, k, H, target, **solver), w, dtype))
+    return torch.cat(pieces)
 
 
 @torch.inference_mode()
@@ -146,20 +172,25 @@ def follow(pruner, masks, windows, dtypes=None, **solver):
     rotary = model.rotary(windows.shape[1])
     pruned = [model.embed(w) for w in batches(windows.to(model.embed.weight.device))]
     dense = list(pruned)
-    for i, block in enumerate(tqdm(model.blocks, desc="refitting", disable=None, leave=False)):
-        wanted = [Wanted(block, h, rotary) for h in dense]
-        walks = [block.walk(h, rotary) for h in pruned]
-        for group, members in enumerate(GROUPS):
-            linears = [block.get_submodule(LINEARS[j]) for j in members]
-            H, C = normal_equations(walks, wanted, group, linears[0].bias)
-            for j, linear in zip(members, linears):
-                name = pruner.names[i][j]
-                if masks.get(name) is None:
-                    continue
-                target = C if group % 2 else linear.weight.float() @ C
-                dtype = (dtypes or {}).get(name, linear.weight.dtype)
-                V = refit_matrix(pruner, i, j, masks[name], H, target, linear, dtype, **solver)
-                values[name] = V.cpu()
-        pruned = [next(walk)[1] for walk in walks]
-        dense = [want.output for want in wanted]
+    bar = tqdm(model.blocks, desc="refitting", disable=None, leave=False)
+    with pruner.parked():
+        for i, block in enumerate(bar):
+            wanted = [Wanted(block, h, rotary) for h in dense]
+            walks = [block.walk(h, rotary) for h in pruned]
+            dense.clear(), pruned.clear()  # let go: at 7 billion weights every list takes 0.3 GB
+            for group, members in enumerate(GROUPS):
+                linears = [block.get_submodule(LINEARS[j]) for j in members]
+                H, C = normal_equations(walks, wanted, group, linears[0].bias)
+                for j, linear in zip(members, linears):
+                    name, W = pruner.names[i][j], linear.weight
+                    kept, dtype = masks.get(name), (dtypes or {}).get(name, W.dtype)
+                    if kept is not None:
+                        V = refit_matrix(W, kept, H, C, group, dtype, **solver)
+                        pruner.live[i][j].copy_(V)
+                        W.copy_(V)  # another, where blocks are offloaded: their room there
+                        values[name] = V.cpu()
+                del H, C
+            pruned = [next(walk)[1] for walk in walks]
+            dense = [want.output for want in wanted]
+            walks.clear(), wanted.clear()
     return values

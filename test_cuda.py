@@ -15,11 +15,12 @@ import eval as eval_module
 import prune
 import simcuda
 import train
+from checks.counted import empty_model
 from conftest import ROOT, call, random_net, refuses, write_small
 from curvature import damage_table
 from eval import Divergence, accelerate, perplexity, zero_shot
 from llama import load_llama, pack, save_llama, unpack
-from model import generate
+from model import Config, generate
 from offload import offload_blocks
 from patterns import pattern_masks
 from prune import Pruner, rank
@@ -214,6 +215,33 @@ def test_ranks_on_cuda_are_those_of_the_cpu_ties_and_chunks_included(monkeypatch
         monkeypatch.setattr(prune, "CUDA_CHUNK", chunk)
         with simulated():
             assert rank(score.to(CUDA)).tolist() == wanted
+
+
+def test_a_refit_lets_go_of_what_it_used_and_parks_dense_copies_meanwhile():
+    config = Config(512, 1024, 2752, 2, 8, 8, 128)  # a quarter of the width of Llama-2-7B
+    windows = torch.zeros(16, 512, dtype=torch.long)
+    with simulated(values=False, answer=1.0) as log:
+        pruner = Pruner(empty_model(config, CUDA), windows)
+        resident, dense = log.held, sum(W.nbytes for W in pruner.dense[0])
+        with pruner.parked():
+            assert log.held == resident - dense  # of one block, of the first four
+        with log.at("refit"):
+            follow(pruner, pruner.masks([0.5] * 2), windows)
+        assert log.held == resident
+    # at down, the largest: both streams, its inputs, the sums, what solving for all rows takes
+    streams, x, H, W = 2 * 2 * 16 * 512 * 1024, 2 * 16 * 512 * 2752, 4 * 2752**2, 4 * 1024 * 2752
+    assert log.peaks["refit"] - (resident - dense) < streams + x + H + 11 * W
+
+
+def test_dense_copies_come_back_from_where_they_were_parked(small, windows):
+    with simulated() as log:
+        pruner = Pruner(load_llama(small, CUDA)[0], windows)
+        before = [W.tolist() for block in pruner.dense for W in block]
+        with pytest.raises(KeyError), pruner.parked():
+            assert [W.is_cuda for (W, *_) in pruner.dense] == [False, True, True]
+            raise KeyError
+        assert [W.tolist() for block in pruner.dense for W in block] == before
+        assert all(W.is_cuda for block in pruner.dense for W in block) and not log.races
 
 
 # --------------------------------------------------------------------------------------- devices

@@ -5,6 +5,7 @@ Run       pytest test_refit.py        (each tolerance has its dtype beside it)
 """
 
 import json
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -57,6 +58,47 @@ def test_the_default_steps_lose_at_most_3_percent_of_what_the_exact_solution_gai
     masked, ours = error(W * kept), error(refit.least_squares(W, kept, H, C))
     exact = error(refit.least_squares(W, kept, H, C, steps=400))
     assert exact < ours < masked and masked - ours > 0.97 * (masked - exact)
+
+
+def with_copies(W, kept, H, C):
+    """`least_squares` as one writes it first: every step makes new tensors."""
+    tiny, lam = torch.finfo(torch.float32).tiny, refit.DAMPING * H.diagonal().mean()
+    H = H + lam * torch.eye(len(H))
+    inverse, V = 1 / H.diagonal(), W * kept
+    residual = (C + lam * W - V @ H) * kept
+    direction = residual * inverse
+    energy = (residual * direction).sum(1, keepdim=True)
+    for _ in range(refit.STEPS):
+        product = direction @ H * kept
+        length = energy / (direction * product).sum(1, keepdim=True).clamp(min=tiny)
+        V, residual = V + length * direction, residual - length * product
+        scaled, before = residual * inverse, energy
+        energy = (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + energy / before.clamp(min=tiny) * direction
+    return torch.where(kept, V, 0)
+
+
+@pytest.mark.parametrize("group", [2, 3])
+@pytest.mark.parametrize("columns", [3, 97, 300])
+def test_sums_and_solutions_in_place_have_the_bits_of_those_with_copies(
+    group, columns, monkeypatch
+):
+    W, kept, x, y = problem(40, columns, 256)
+    xs = x.view(4, 1, 64, columns)  # 4 batches
+    targets = y.view(4, 1, 64, 40) if group % 2 else xs * 0.9
+    wanted = [Namespace(targets=[None] * 3 + [t], take=lambda *_, t=t: t[0]) for t in targets]
+    H, C = refit.normal_equations([iter([(x, None)]) for x in xs], wanted, group, None)
+    upper = sum(refit.gram(x[0]).triu() for x in xs)
+    assert torch.equal(H, upper + upper.triu(1).T)
+    assert torch.equal(C, sum(t[0].T @ x[0] for x, t in zip(xs, targets)))
+    plain = with_copies(W, kept, H, C if group % 2 else W @ C)
+    before = H.clone()
+    assert torch.equal(refit.refit_matrix(W, kept, H, C, group, torch.float32), plain)
+    assert torch.equal(H, before)  # for the next matrix that reads the same input
+    monkeypatch.setattr(refit, "SOLVED", 7 * columns)  # 7 rows at once
+    assert (
+        relative(refit.refit_matrix(W, kept, H, C, group, torch.float32), plain) < 1e-5
+    )  # float32
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
