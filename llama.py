@@ -72,9 +72,27 @@ def pack(W, kept):
     Everything else is stored as in the source, and an index keeps naming NAME. At sparsity s in
     float16 a matrix takes 1/16 + (1 - s) of its dense bytes.
     """
+    values, count = survivors(W, kept)
+    return bit_mask(kept), values[: int(count)]
+
+
+def bit_mask(kept):
     bits = F.pad(kept, (0, -kept.shape[1] % 8)).view(len(kept), -1, 8)
     powers = 1 << torch.arange(8, device=kept.device)
-    return (bits * powers).sum(-1, dtype=torch.uint8), W[kept]
+    return (bits * powers).sum(-1, dtype=torch.uint8)
+
+
+def survivors(W, kept):
+    """W[kept] in front of a vector, and its length (0-dim); on CUDA the vector has room for all of
+    W, because W[kept] would wait for the device to say how many there are.
+    """
+    if not W.is_cuda:
+        values = W[kept]
+        return values, torch.tensor(len(values))
+    kept = kept.flatten()
+    place = kept.cumsum(0).mul_(kept)  # 0, in front of the values, where nothing is kept
+    room = W.new_empty(len(place) + 1).scatter_(0, place, W.flatten())
+    return room[1:], kept.sum()
 
 
 def unpack(mask, values, d_in, name=""):
@@ -354,10 +372,10 @@ def surviving(live, value):
 def pruned_tensors(path, names, live, masks, values, packed):
     """{stored name: tensor} of one source file, pruned: values are the file's own, in its dtype.
 
-    Where the masks are; on CUDA without a wait for each matrix, into pinned memory.
+    Where the masks are; on CUDA with one wait, for all of them are copied into pinned memory.
     """
-    tensors, device = {}, next(iter(live.values())).device
-    back = lambda tensor: tensor.to("cpu", non_blocking=True)
+    tensors, counts, device = {}, {}, next(iter(live.values())).device
+    back = lambda tensor: tensor.to("cpu", non_blocking=True)  # pinned, as torch makes it then
     for name, value in read_tensors(path, names, {n: p.shape[-1] for n, p in live.items()}):
         value = values.get(name, value)
         kept = None if masks is None else masks.get(name)
@@ -369,11 +387,14 @@ def pruned_tensors(path, names, live, masks, values, packed):
             continue
         value = value if value.device == kept.device else send(value, kept.device)
         if packed:
-            tensors[name + ".mask"], tensors[name + ".kept"] = map(back, pack(value, kept))
+            parts = bit_mask(kept), *survivors(value, kept)
+            tensors[name + ".mask"], tensors[name + ".kept"], counts[name] = map(back, parts)
         else:
             tensors[name] = back(value.where(kept, value.new_zeros(())))
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+    for name, count in counts.items():
+        tensors[name + ".kept"] = tensors[name + ".kept"][: int(count)]
     return tensors
 
 

@@ -1,16 +1,20 @@
 """
-Survivors that follow the dense model: the masks stay, the kept weights of every Linear move to make
-good what pruning cost.
+Survivors that follow the dense model: of every Linear those weights go whose loss the others can
+make good, and the others do.
 
 Source    least squares on a fixed mask by preconditioned conjugate gradients is the last step of
           ALPS (arXiv 2406.07831); that the target is the dense model's output, not W times the
-          pruned input, is GPTAQ's (arXiv 2504.02692).
+          pruned input, is GPTAQ's (arXiv 2504.02692); what losing a weight costs once the others
+          have moved is Optimal Brain Surgeon's (Hassibi and Stork, 1992).
 Reading   beside prune.py, whose --refit calls `follow`. Next: train.py. Can be skipped at first.
 Shapes    x (tokens, d_in) inputs in the pruned model, y (tokens, d_out) wanted outputs,
           H = x^T x (d_in, d_in), C = y^T x (d_out, d_in), all float32; windows (n, T).
-Not here  new masks (tried: re-ranking on the pruned prefix gives nothing), gradient descent through
-          the whole model.
+Not here  how many weights of each row go, which is the strategy's; gradient descent through the
+          whole model.
 """
+
+import itertools
+from functools import cached_property
 
 import torch
 from tqdm import tqdm
@@ -22,23 +26,25 @@ STEPS = 8  # of conjugate gradients: within 3 % of the exact solution's error
 DAMPING = 0.1  # of the mean diagonal of H: how strongly survivors are held to their old values
 STAGES = 4  # in which a row loses its weights, where the refit chooses them
 BETWEEN = 3  # steps of conjugate gradients between two stages
+SOLVED = 2**23  # weights of a matrix solved for at once: about ten times 34 MB live meanwhile
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # Linears that read one input: q k v | o | gate up | down
 
 
-def damped(W, H, C, damping):
-    """H + lam I and C + lam W, lam = damping * mean diag H: survivors are held to their old values.
-
-    lam > 0, so a singular H is no exception, and inputs that are all zero leave W as it was.
+def damp(H, damping=DAMPING):
+    """Add lam = damping * mean diag H to the diagonal of H, in place, for a copy could be too
+    large; lam (0-dim) > 0, so that a singular H is no exception.
     """
     lam = (damping * H.diagonal().mean()).clamp(min=1e-12)
-    return H + lam * torch.eye(len(H), device=H.device), C + lam * W
+    H.diagonal().add_(lam)
+    return lam
 
 
 def conjugate_gradients(V, kept, H, C, steps):
-    """`steps` from V * kept towards (V H)[kept] = C[kept]: (d_out, d_in) float32, 0 outside `kept`.
+    """`steps` from V * kept towards (V H)[kept] = C[kept]: (d_out, d_in) float32, +0.0 outside
+    `kept`.
 
-    The equations differ from row to row by their mask alone: so all rows go together, one product
-    with H a step, preconditioned by 1 / diag.
+    The equations of two rows differ by their masks alone: so all go together, one product with H a
+    step, preconditioned by 1 / diag.
     """
     tiny = torch.finfo(torch.float32).tiny
     inverse = H.diagonal().reciprocal()
@@ -58,27 +64,25 @@ def conjugate_gradients(V, kept, H, C, steps):
     return torch.where(kept, V, 0)  # V * kept left -0.0 where a negative weight went
 
 
-def least_squares(W, kept, H, C, steps=STEPS, damping=DAMPING):
+def least_squares(W, kept, H, C, lam, steps=STEPS):
     """argmin_V ||x V^T - y||^2 + lam ||V - W||^2 over V that is 0 outside `kept`.
 
     W, C      (d_out, d_in) float32;  kept: (d_out, d_in) bool;  H: (d_in, d_in) float32, positive
-              semidefinite;  lam: see `damped`
-    returns   (d_out, d_in) float32, +0.0 where nothing is kept
+              definite, as `damp` left it and its lam
+    returns   (d_out, d_in) float32, +0.0 where nothing is kept; W there, where inputs are all zero
     """
-    H, C = damped(W, H, C, damping)
-    return conjugate_gradients(W, kept, H, C, steps)
+    return conjugate_gradients(W, kept, H, C + lam * W, steps)
 
 
-def choose(W, H, C, drop, stages=STAGES, damping=DAMPING):
+def choose(W, drop, H, inverse, C, lam, stages=STAGES):
     """The mask (d_out, d_in), True = kept, whose refit will lose little: `drop` weights of each row
     go, in `stages`.
 
-    From the solution without a mask, weights go that cost least to lose while the others make it
-    good, v_j^2 / [H^-1]_jj (Optimal Brain Surgeon); after each stage but the last the rest is
-    solved again. W, H and C as in `least_squares`.
+    From the solution without a mask, weights go that cost least once the others make it good,
+    v_j^2 / [H^-1]_jj; after each stage but the last the rest is solved again.
+    inverse   of H;  the others: as in `least_squares`
     """
-    H, C = damped(W, H, C, damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    C = C + lam * W
     V, kept = C @ inverse, torch.ones_like(W, dtype=torch.bool)
     for stage in range(1, stages + 1):
         cost = torch.where(kept, V**2 / inverse.diagonal(), -1)  # what is gone stays gone
@@ -98,36 +102,56 @@ def storable(V, W, dtype):
     return torch.where(fits, rounded, torch.where(V != 0, W, 0).to(dtype))
 
 
-def gram(x, panels=4):
-    """x^T x (d_in, d_in) of x (tokens, d_in): only what lies on or above the diagonal is computed,
-    panel by panel; then mirrored.
+def panels(d_in, count=4):
+    width = -(-d_in // count)
+    return [slice(start, start + width) for start in range(0, d_in, width)]
+
+
+def add_gram(H, x):
+    """H += x^T x for x (tokens, d_in), panel by panel, on and above the diagonal alone: `mirror`
+    does the rest.
 
     BLAS's own symmetric product, called through numpy, is as fast on one thread; on two, its
     threads and torch's fight for the cores (a refit of tiny: 25.3 s, with this 10.1 s).
     """
-    d_in = x.shape[1]
-    H = x.new_empty(d_in, d_in)
-    for start in range(0, d_in, -(-d_in // panels)):
-        rows = slice(start, start + -(-d_in // panels))
-        H[rows, start:] = x[:, rows].T @ x[:, start:]
-    return H.triu() + H.triu(1).T
+    for rows in panels(len(H)):
+        H[rows, rows.start :].add_(x[:, rows].T @ x[:, rows.start :])
+
+
+def mirror(H):
+    """H with what is above the diagonal below it, too: in place."""
+    for rows in panels(len(H)):
+        corner = H[rows, rows]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        H[rows.stop :, rows].copy_(H[rows, rows.stop :].T)
+    return H
+
+
+def gram(x):
+    """x^T x (d_in, d_in) of x (tokens, d_in)."""
+    H = x.new_zeros(x.shape[1], x.shape[1])
+    add_gram(H, x)
+    return mirror(H)
 
 
 class Wanted:
     """What the refitted block shall reach on one batch, recorded while the block is dense: a target
-    for each of GROUPS.
+    for each of GROUPS, to be taken once.
     """
 
     def __init__(self, block, h, rotary):
         (attention_in, _), _, (mlp_in, after_attention), _, (_, self.output) = block.walk(h, rotary)
-        self.targets = attention_in, after_attention, mlp_in, self.output
+        self.targets = [attention_in, after_attention, mlp_in, self.output]
 
-    def residual_target(self, group, stream, bias):
-        """o and down write into the stream: what it still lacks of the dense one's, less their bias
-        (B T, d_out).
+    def take(self, group, stream, bias):
+        """y (B T, d_out) float32. o and down write into the stream: what it still lacks of the
+        dense one's, less their bias. For the others, the dense model's input.
         """
-        lacking = self.targets[group].float() - stream.float()
-        return (lacking if bias is None else lacking - bias.float()).flatten(0, 1)
+        target, self.targets[group] = self.targets[group].float(), None
+        if group % 2:
+            target = target - stream.float()
+            target = target if bias is None else target - bias.float()
+        return target.flatten(0, 1)
 
 
 def normal_equations(walks, wanted, group, bias):
@@ -136,45 +160,80 @@ def normal_equations(walks, wanted, group, bias):
     For q, k, v, gate and up, y is the dense model's input: W C is then what W needs, whatever its
     rows.
     """
-    H = C = 0
+    H = C = None
     for walk, want in zip(walks, wanted):
         x, stream = next(walk)
-        x = x.flatten(0, 1).float()
-        if group % 2:
-            y = want.residual_target(group, stream, bias)
-        else:
-            y = want.targets[group].flatten(0, 1).float()
-        H = H + gram(x)
-        C = C + y.T @ x
-    return H, C
+        x, y = x.flatten(0, 1).float(), want.take(group, stream, bias)
+        if H is None:
+            H, C = (x.new_zeros(n, x.shape[1]) for n in (x.shape[1], y.shape[1]))
+        add_gram(H, x)
+        for out, part in zip(in_rows(C), y.split(len(in_rows(C)[0]), 1)):
+            out.add_(part.T @ x)
+    return mirror(H), C
 
 
-def refit_matrix(pruner, i, j, wish, H, target, linear, dtype, **solver):
-    """Solve for matrix j of block i, write it into the live weights and into `linear`, the module
-    that computes; the new values.
+def in_rows(W):
+    """W (d_out, d_in) in pieces of whole rows, SOLVED weights at most."""
+    return W.split(max(1, SOLVED // W.shape[1]))
 
-    wish      its mask, or how many weights of each row go: then the mask is chosen here
-    Both are one unless blocks are offloaded: then `linear` is the block's room on the device.
+
+class Normal:
+    """The normal equations of one group of Linears, damped: what solves for each of its matrices.
+
+    H, C      as `normal_equations` made them;  group: 1 and 3 have C for their one matrix, the
+              others for W: then W C is what it needs
     """
-    W = pruner.dense[i][j].to(H.device)
-    kept = choose(W.float(), H, target, wish) if isinstance(wish, int) else wish.to(H.device)
-    V = least_squares(W.float(), kept, H, target, **solver)
-    V = storable(V, W, dtype)
-    pruner.live[i][j].copy_(V)
-    linear.weight.copy_(V)
-    return V
+
+    def __init__(self, H, C, group, damping=DAMPING):
+        self.H, self.C, self.shared = H, C, group % 2 == 0
+        self.lam = damp(H, damping)
+
+    @cached_property
+    def inverse(self):
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.H))
+
+    def solve(self, W, wish, dtype, steps=STEPS):
+        """The new values (d_out, d_in) of a dense matrix W, in `dtype`; wish: its mask, or how many
+        weights of each row go.
+        """
+        counted = isinstance(wish, int)
+        kept = itertools.repeat(wish) if counted else in_rows(wish.to(self.H.device))
+        targets = itertools.repeat(self.C) if self.shared else in_rows(self.C)
+        pieces = []
+        for w, k, target in zip(in_rows(W), kept, targets):
+            full = w.float()
+            target = full @ target if self.shared else target
+            if counted:
+                k = choose(full, k, self.H, self.inverse, target, self.lam)
+            V = least_squares(full, k, self.H, target, self.lam, steps)
+            pieces.append(storable(V, w, dtype))
+        return torch.cat(pieces)
+
+
+def refit_group(pruner, i, linears, normal, wishes, dtypes, steps):
+    """Solve for the Linears {j: module} of block i and write them: {parameter name: values}."""
+    values = {}
+    for j, linear in linears.items():
+        name, W = pruner.names[i][j], linear.weight
+        wish = wishes.get(name)
+        if wish is None:
+            continue
+        V = normal.solve(W, wish, dtypes.get(name, W.dtype), steps)
+        pruner.live[i][j].copy_(V)
+        W.copy_(V)  # another, where blocks are offloaded: their room on the device
+        values[name] = V.cpu()
+    return values
 
 
 @torch.inference_mode()
-def follow(pruner, masks, windows, dtypes=None, **solver):
-    """Prune the model by `masks` and refit what survives, block by block, on calibration windows
+def follow(pruner, wishes, windows, dtypes=None, steps=STEPS, damping=DAMPING):
+    """Prune the model as wished and refit what survives, block by block, on calibration windows
     (n, T).
 
-    masks     {parameter name: bool (d_out, d_in), True = kept}; or how many weights of each row
+    wishes    {parameter name: bool (d_out, d_in), True = kept}; or how many weights of each row
               go, int, of which `choose` then says which; a matrix that is not named stays dense
     dtypes    {parameter name: dtype} of the source's files, to which values are rounded before they
               are used; default: as computed
-    solver    steps, damping: see `least_squares`
     returns   {parameter name: values (d_out, d_in)} on the CPU, for `save_llama`
     """
     model, values = pruner.model, {}
@@ -182,21 +241,19 @@ def follow(pruner, masks, windows, dtypes=None, **solver):
     rotary = model.rotary(windows.shape[1])
     pruned = [model.embed(w) for w in batches(windows.to(model.embed.weight.device))]
     dense = list(pruned)
-    for i, block in enumerate(tqdm(model.blocks, desc="refitting", disable=None, leave=False)):
-        wanted = [Wanted(block, h, rotary) for h in dense]
-        walks = [block.walk(h, rotary) for h in pruned]
-        for group, members in enumerate(GROUPS):
-            linears = [block.get_submodule(LINEARS[j]) for j in members]
-            H, C = normal_equations(walks, wanted, group, linears[0].bias)
-            for j, linear in zip(members, linears):
-                name = pruner.names[i][j]
-                wish = masks.get(name)
-                if wish is None:
-                    continue
-                target = C if group % 2 else linear.weight.float() @ C
-                dtype = (dtypes or {}).get(name, linear.weight.dtype)
-                V = refit_matrix(pruner, i, j, wish, H, target, linear, dtype, **solver)
-                values[name] = V.cpu()
-        pruned = [next(walk)[1] for walk in walks]
-        dense = [want.output for want in wanted]
+    bar = tqdm(model.blocks, desc="refitting", disable=None, leave=False)
+    with pruner.parked():
+        for i, block in enumerate(bar):
+            wanted = [Wanted(block, h, rotary) for h in dense]
+            walks = [block.walk(h, rotary) for h in pruned]
+            dense.clear(), pruned.clear()  # let go: at 7 billion weights every list takes 0.3 GB
+            for group, members in enumerate(GROUPS):
+                linears = {j: block.get_submodule(LINEARS[j]) for j in members}
+                bias = linears[members[0]].bias
+                normal = Normal(*normal_equations(walks, wanted, group, bias), group, damping)
+                values |= refit_group(pruner, i, linears, normal, wishes, dtypes or {}, steps)
+                del normal
+            pruned = [next(walk)[1] for walk in walks]
+            dense = [want.output for want in wanted]
+            walks.clear(), wanted.clear()
     return values

@@ -4,20 +4,23 @@ CUDA without a GPU: all paths run to their end on a simulated device, with the C
 
 import contextlib
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench
+import eval as eval_module
 import prune
 import simcuda
 import train
+from checks.counted import empty_model
 from conftest import ROOT, call, random_net, refuses, write_small
 from curvature import damage_table
 from eval import Divergence, accelerate, perplexity, zero_shot
 from llama import load_llama, pack, save_llama, unpack
-from model import generate
+from model import Config, generate
 from offload import offload_blocks
 from patterns import pattern_masks
 from prune import Pruner, rank
@@ -114,11 +117,11 @@ def test_the_library_on_cuda_gives_the_cpus_numbers_and_files_bit_for_bit(
     assert found == wanted and not log.races
     waits = {phase: count["waits"] for phase, count in log.counts.items()}
     if not offload:  # which waits for its streams, too
-        assert waits["load"] == waits["f2"] == waits["plain"] == waits["zero-shot"] == 1
+        assert waits["load"] == waits["f2"] == waits["zero-shot"] == 1
+        assert waits["plain"] == waits["packed"] == 1  # a file has one
         assert waits["apply"] == waits["masks"] == waits["restore"] == 0
         assert waits["calibrate and rank"] == 1 + 3  # once, then once a block
         assert waits["generate"] == 5 + 3  # once a token
-        assert waits["packed"] == 1 + 21  # how many weights survive, of each matrix
 
 
 # --------------------------------------------------------------------- what the device refuses
@@ -214,6 +217,33 @@ def test_ranks_on_cuda_are_those_of_the_cpu_ties_and_chunks_included(monkeypatch
             assert rank(score.to(CUDA)).tolist() == wanted
 
 
+def test_a_refit_lets_go_of_what_it_used_and_parks_dense_copies_meanwhile():
+    config = Config(512, 1024, 2752, 2, 8, 8, 128)  # a quarter of the width of Llama-2-7B
+    windows = torch.zeros(16, 512, dtype=torch.long)
+    with simulated(values=False, answer=1.0) as log:
+        pruner = Pruner(empty_model(config, CUDA), windows)
+        resident, dense = log.held, sum(W.nbytes for W in pruner.dense[0])
+        with pruner.parked():
+            assert log.held == resident - dense  # of one block, of the first four
+        with log.at("refit"):
+            follow(pruner, pruner.masks([0.5] * 2), windows)
+        assert log.held == resident
+    # at down, the largest: both streams, its inputs, the sums, what solving for all rows takes
+    streams, x, H, W = 2 * 2 * 16 * 512 * 1024, 2 * 16 * 512 * 2752, 4 * 2752**2, 4 * 1024 * 2752
+    assert log.peaks["refit"] - (resident - dense) < streams + x + H + 11 * W
+
+
+def test_dense_copies_come_back_from_where_they_were_parked(small, windows):
+    with simulated() as log:
+        pruner = Pruner(load_llama(small, CUDA)[0], windows)
+        before = [W.tolist() for block in pruner.dense for W in block]
+        with pytest.raises(KeyError), pruner.parked():
+            assert [W.is_cuda for (W, *_) in pruner.dense] == [False, True, True]
+            raise KeyError
+        assert [W.tolist() for block in pruner.dense for W in block] == before
+        assert all(W.is_cuda for block in pruner.dense for W in block) and not log.races
+
+
 # --------------------------------------------------------------------------------------- devices
 def test_a_process_of_torchrun_takes_its_own_gpu_unless_told_and_touches_no_other(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -268,6 +298,31 @@ def test_2_in_4_runs_on_the_kernels_that_take_it_and_the_rest_is_left_out(tmp_pa
 # -------------------------------------------------------------------------------------- commands
 def command(module, folder, text, out, *words):
     return call(module, "--model", folder, "--data", text, "--out", out, *FEW, *words)
+
+
+def test_eval_moves_2_in_4_onto_the_kernels_and_says_how_fast_how_many_and_what_is_left_out(
+    text, tmp_path, capsys
+):
+    source = write_small(tmp_path / "m", intermediate_size=104)  # no multiple of 16
+    pruned, how = tmp_path / "pruned", ("--data", text, "--seqlen", 32, "--device", "cuda")
+    ways = ("--uniform", "--sparsity", 0.5, "--pattern", "2:4", "--no-refit")
+    with simulated():
+        assert command(prune, source, text, pruned, *ways) == 0
+    said = {}
+    for dtype, capability in (("bfloat16", (8, 0)), ("bfloat16", (7, 5)), ("float32", (8, 0))):
+        capsys.readouterr()
+        with simulated(capability=capability) as log:
+            more = ("--accelerate", "--dense", source, "--tokens", 128, "--dtype", dtype)
+            assert call(eval_module, "--model", pruned, *how, *more) == 0
+        said[dtype, capability] = capsys.readouterr().out
+        assert not log.races
+    fast = said["bfloat16", (8, 0)].splitlines()
+    assert re.fullmatch(
+        r"12 Linears on semi-structured kernels: \d+\.\d\d times as fast as dense", fast[0]
+    )
+    assert fast[1].startswith("9 left out") and fast[-1].startswith("perplexity")
+    assert said["bfloat16", (7, 5)].startswith("no speed-up on cuda:0: ")
+    assert said["float32", (8, 0)].splitlines()[1].startswith("21 left out")
 
 
 @pytest.mark.parametrize(

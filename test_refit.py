@@ -6,6 +6,7 @@ Run       pytest test_refit.py        (each tolerance has its dtype beside it)
 
 import itertools
 import json
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -30,10 +31,20 @@ def problem(rows=5, columns=12, tokens=200, seed=0):
     return W, torch.rand(rows, columns, generator=g) > 0.5, x, y
 
 
+def solved(W, kept, H, C, steps=refit.STEPS):
+    return refit.Normal(H.clone(), C, group=1).solve(W, kept, torch.float32, steps)
+
+
+def chosen_mask(W, H, drop):
+    """Of `drop` weights a row, aiming at W's own outputs."""
+    normal = refit.Normal(H.clone(), H, group=0)
+    return refit.choose(W, drop, normal.H, normal.inverse, W @ H, normal.lam)
+
+
 def test_enough_steps_solve_the_normal_equations_of_every_row_exactly():
     W, kept, x, y = problem()
     H, C = x.T @ x, y.T @ x
-    V = refit.least_squares(W, kept, H, C, steps=60)
+    V = solved(W, kept, H, C, steps=60)
     lam = refit.DAMPING * H.diagonal().mean()
     for row in range(len(W)):
         k = kept[row]
@@ -55,8 +66,8 @@ def test_the_default_steps_lose_at_most_3_percent_of_what_the_exact_solution_gai
     y = x @ W.T  # the dense outputs
     H, C = x.T @ x, y.T @ x
     error = lambda V: float(((x @ V.T - y) ** 2).sum())
-    masked, ours = error(W * kept), error(refit.least_squares(W, kept, H, C))
-    exact = error(refit.least_squares(W, kept, H, C, steps=400))
+    masked, ours = error(W * kept), error(solved(W, kept, H, C))
+    exact = error(solved(W, kept, H, C, steps=400))
     assert exact < ours < masked and masked - ours > 0.97 * (masked - exact)
 
 
@@ -82,7 +93,7 @@ def test_without_correlation_the_chosen_mask_is_the_best_of_all_masks():
     g = torch.Generator().manual_seed(3)
     W, H = torch.randn(6, 7, generator=g), torch.diag(torch.rand(7, generator=g) + 0.1)
     for drop in (0, 1, 3, 6, 7):
-        kept = refit.choose(W, H, W @ H, drop)
+        kept = chosen_mask(W, H, drop)
         assert ((~kept).sum(1) == drop).all()
         best = torch.stack([best_mask(H, w, drop) for w in W])
         assert torch.equal(kept, best)
@@ -94,7 +105,7 @@ def test_among_correlated_inputs_the_chosen_mask_is_near_the_best_and_ahead_of_w
         W, _, x, _ = problem(8, 8, 60, seed)
         H = x.T @ x
         wanda += layer_error(H, W, keep_mask(prune.wanda(W, x.norm(dim=0)), 0.5))
-        chosen += layer_error(H, W, refit.choose(W, H, W @ H, 4))
+        chosen += layer_error(H, W, chosen_mask(W, H, 4))
         best += layer_error(H, W, torch.stack([best_mask(H, w, 4) for w in W]))
     assert best < chosen < 1.15 * best and chosen < 0.85 * wanda  # 1.11 and 0.78
 
@@ -104,14 +115,55 @@ def test_inputs_that_are_all_zero_or_few_leave_a_mask_of_the_right_count():
     for rank in (0, 1, 5):
         x[rank:] = 0
         H = x.T @ x
-        assert ((~refit.choose(W, H, W @ H, 5)).sum(1) == 5).all()
+        assert ((~chosen_mask(W, H, 5)).sum(1) == 5).all()
+
+
+def with_copies(W, kept, H, C):
+    """`least_squares` as one writes it first: every step makes new tensors."""
+    tiny, lam = torch.finfo(torch.float32).tiny, refit.DAMPING * H.diagonal().mean()
+    H = H + lam * torch.eye(len(H))
+    inverse, V = 1 / H.diagonal(), W * kept
+    residual = (C + lam * W - V @ H) * kept
+    direction = residual * inverse
+    energy = (residual * direction).sum(1, keepdim=True)
+    for _ in range(refit.STEPS):
+        product = direction @ H * kept
+        length = energy / (direction * product).sum(1, keepdim=True).clamp(min=tiny)
+        V, residual = V + length * direction, residual - length * product
+        scaled, before = residual * inverse, energy
+        energy = (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + energy / before.clamp(min=tiny) * direction
+    return torch.where(kept, V, 0)
+
+
+@pytest.mark.parametrize("group", [2, 3])
+@pytest.mark.parametrize("columns", [3, 97, 300])
+def test_sums_and_solutions_in_place_have_the_bits_of_those_with_copies(
+    group, columns, monkeypatch
+):
+    W, kept, x, y = problem(40, columns, 256)
+    xs = x.view(4, 1, 64, columns)  # 4 batches
+    targets = y.view(4, 1, 64, 40) if group % 2 else xs * 0.9
+    wanted = [Namespace(targets=[None] * 3 + [t], take=lambda *_, t=t: t[0]) for t in targets]
+    H, C = refit.normal_equations([iter([(x, None)]) for x in xs], wanted, group, None)
+    upper = sum(refit.gram(x[0]).triu() for x in xs)
+    assert torch.equal(H, upper + upper.triu(1).T)
+    assert torch.equal(C, sum(t[0].T @ x[0] for x, t in zip(xs, targets)))
+    plain = with_copies(W, kept, H, C if group % 2 else W @ C)
+    normal = refit.Normal(H, C, group)
+    assert torch.equal(normal.solve(W, kept, torch.float32), plain)
+    monkeypatch.setattr(refit, "SOLVED", 7 * columns)  # 7 rows at once
+    assert relative(normal.solve(W, kept, torch.float32), plain) < 1e-5  # float32
+    whole = normal.solve(W, columns // 2, torch.float32)
+    monkeypatch.undo()
+    assert relative(normal.solve(W, columns // 2, torch.float32), whole) < 1e-5  # float32
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_a_singular_h_and_inputs_that_are_all_zero_are_no_exception(rank):
     W, kept, x, y = problem()
     x[rank:] = 0
-    V = refit.least_squares(W, kept, x.T @ x, y.T @ x)
+    V = solved(W, kept, x.T @ x, y.T @ x)
     assert V.isfinite().all() and (V[~kept] == 0).all()
     if rank == 0:
         assert torch.equal(V, torch.where(kept, W, 0))
