@@ -107,36 +107,48 @@ def child_of(parent, step, g, groups=None):
     return child
 
 
+def generation_cost(offspring, steps):
+    """Evaluations, in tokens, of one generation of `evopress`: each step reads what the one before
+    left, the last ones are read whole."""
+    cost = 0.0
+    for objective, survivors in steps:
+        cost += offspring / objective.share
+        offspring = survivors
+    return cost + offspring
+
+
 def evopress(
     f2,
-    quick,
+    steps,
     target,
     budget,
     seed=0,
     *,
     snapshots=(),
-    offspring=8,
-    survivors=2,
+    offspring=16,
     step=0.05,
     groups=None,
 ):
     """EvoPress: (1 + lambda) evolution of one request, by KL.
 
-    Selection in two steps on growing token counts: all children of the parent on `quick`, the
-    best few, and the parent, on f2.
-    f2, quick   strategy -> KL on all search tokens, and on 1 / quick.share of them
+    Selection in several steps on growing token counts, then the finalists and the parent on f2: of
+    16 children 4, then 2 with steps of a quarter and a half, 8 evaluations a generation.
+    f2          strategy -> KL on all search tokens
+    steps       [(objective, survivors)], fewest tokens first; an objective is f2 on 1 /
+                objective.share of the tokens, of its survivors the next step chooses
     budget      evaluations of f2, counted in tokens
     groups      None: any two places switch levels; else index tensors of places of equal size
     snapshots   smaller budgets whose best strategy is wanted too
     returns     {budget: (strategy (d,), seconds until then)}
-    Left out: a database of pruned layers (any level costs nothing here), a third selection step.
+    Left out: a database of pruned layers (any level costs nothing here); other tokens for every
+    generation (a parent's KL is then known, not measured again).
     """
     g = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
     parent = target.uniform()
     best = f2(parent)
     spent = 1.0
-    cost = offspring / quick.share + survivors  # of one generation
+    cost = generation_cost(offspring, steps)
     found = {}
     wanted = sorted({*snapshots, budget})
     while wanted:
@@ -144,7 +156,9 @@ def evopress(
             found[wanted.pop(0)] = parent, time.perf_counter() - started
             continue
         children = [target.met_by(child_of(parent, step, g, groups)) for _ in range(offspring)]
-        parent, best = fittest(f2, sorted(children, key=quick)[:survivors], parent, best)
+        for objective, survivors in steps:
+            children = sorted(children, key=objective)[:survivors]
+        parent, best = fittest(f2, children, parent, best)
         spent += cost
     return found
 

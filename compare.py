@@ -54,9 +54,11 @@ from script import (
     write_text,
 )
 from train import first_tokens, prior_of, sources
-from unicuco import KL_CEILING, SearchSettings, cap_divergence, search, strategy_for
+from unicuco import KL_CEILING, MAX, SearchSettings, cap_divergence, search, strategy_for
 
 QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)  # requests that a baseline is measured on, unless --full
+SURVIVORS = (4, 2)  # of EvoPress's children, after a quarter and after a half of the tokens
+LEAST = 9  # evaluations of EvoPress: uniform pruning and one generation
 ENDS = (0.2, 0.75)  # what costs no search is measured there too
 HARD = (0.5, 0.6)  # requests whose strategies are read a whole text and asked zero-shot tasks
 LONG = 65536  # tokens of that text that they are read for seeds after the first
@@ -93,7 +95,7 @@ class Run:
     """One seed of a comparison: its model, ranks and texts, and where what it finds is kept.
 
     args          of the command line, with this seed
-    f2, quick     the objective on all search tokens, and on about a quarter of them
+    f2, quick     the objective on all search tokens; [on about a quarter, on half of them]
     calibration   seconds of ranking and of the dense passes, which every method needs
     """
 
@@ -102,7 +104,7 @@ class Run:
     setting: Setting
     pruner: Pruner
     f2: Counter
-    quick: Counter
+    quick: list[Counter]
     calibration: float
 
     def target(self, sparsity):
@@ -113,15 +115,21 @@ class Run:
         outputs = len(self.pruner.live) * len(self.pruner.d_in)
         return Target(sparsity, outputs, self.pruner.sparsity)
 
+    def steps(self):
+        """EvoPress's selection before f2: none, if there is but one window."""
+        return list(zip(self.quick, SURVIVORS[-len(self.quick) :]))
+
     def evaluations(self):
         """Of f2 so far, in units of all search tokens."""
-        return (self.f2.tokens_spent + self.quick.tokens_spent) / self.f2.windows.numel()
+        tokens = sum(objective.tokens_spent for objective in (self.f2, *self.quick))
+        return tokens / self.f2.windows.numel()
 
 
 def start(args, journal, device, dtype):
     """Load the model, rank it and record what it says while dense: a Run."""
     setting = prepare(args, device, dtype, args.tokens)
-    few = setting.search[: max(1, len(setting.search) // 4)]
+    windows = len(setting.search)
+    parts = sorted({max(1, windows // 4), max(1, windows // 2)} - {windows})
     bar = tqdm(
         total=total_evaluations(args),
         desc=f"seed {args.seed}, evaluations of f2",
@@ -131,7 +139,7 @@ def start(args, journal, device, dtype):
     started = time.perf_counter()
     pruner = Pruner(setting.model, setting.calibration)
     f2 = Counter(pruner, setting.search, bar)
-    quick = Counter(pruner, few, bar, setting.search.numel() / few.numel())
+    quick = [Counter(pruner, setting.search[:n], bar, windows / n) for n in parts]
     seconds = journal(f"{args.seed} calibration", lambda: time.perf_counter() - started)
     return Run(args, journal, setting, pruner, f2, quick, seconds)
 
@@ -206,7 +214,7 @@ def by_gp(run, method):
 def by_evopress(run, method, matrices=False):
     """One evolution for each request; its smaller budgets are snapshots, methods of their own."""
     whole = run.args.budget
-    budgets = sorted({whole // 8, whole // 4, whole // 2, whole} - {0})
+    budgets = halved(whole)
     found = {}
     for s in run.args.served:
         key = f"{run.args.seed} {method} {s}"
@@ -218,6 +226,14 @@ def by_evopress(run, method, matrices=False):
     ]
 
 
+def halved(budget):
+    """`budget`, its half, its quarter and so on down to LEAST, smallest first."""
+    budgets = [budget]
+    while budgets[0] // 2 >= LEAST:
+        budgets.insert(0, budgets[0] // 2)
+    return budgets
+
+
 def evolved(run, sparsity, budgets, matrices):
     """{budget: as `timed`} of one evolution, over blocks or over matrices."""
     target, groups = run.target(sparsity), None
@@ -226,7 +242,7 @@ def evolved(run, sparsity, budgets, matrices):
         groups = groups_of(run.pruner.d_in * run.pruner.d_out, len(run.pruner.live))
     found = evopress(
         run.f2,
-        run.quick,
+        run.steps(),
         target,
         budgets[-1],
         run.args.seed,
@@ -480,9 +496,9 @@ def spread(values):
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def extrapolates(served):
-    """Without --full only QUICK is served, and what one request cost is multiplied."""
-    return list(served) == list(QUICK)
+def extrapolates(inputs):
+    """Where fewer requests are served than asked, what one of them cost is multiplied."""
+    return not {*requests_asked(inputs["requests"])} <= {*inputs["served"]}
 
 
 def requests_table(rows, inputs):
@@ -505,7 +521,7 @@ def costs(rows, inputs):
         + statistics.mean(r["evaluations"] for r in rows) * requests
     )
     # when seconds are extrapolated, a search that other work disturbed must not be multiplied
-    extrapolated = extrapolates(inputs["served"])
+    extrapolated = extrapolates(inputs)
     typical = statistics.median if extrapolated else statistics.mean
     shared = typical(r["shared_seconds"] for r in seeds)
     each = typical(r["seconds"] for r in rows)
@@ -538,11 +554,16 @@ def quality(rows, served):
             each_seed,
             {s: geometric_mean(group) for s, group in by_sparsity.items()},
             max(r["ratio"] for r in mine),
-            {s: statistics.mean(r["ppl"] for r in by_sparsity[s]) for s in PERPLEXITIES},
+            {s: statistics.mean(r["ppl"] for r in by_sparsity[s]) for s in perplexities(served)},
         )
         for column, value in zip(columns, values):
             result[column][text] = value
     return result
+
+
+def perplexities(served):
+    """The sparsities whose perplexity a table says."""
+    return [s for s in PERPLEXITIES if s in served]
 
 
 def geometric_mean(rows):
@@ -620,7 +641,7 @@ def show_requests(rows, inputs):
     table = requests_table(rows, inputs)
     seeds = len(grouped(rows, "seed"))
     said = "All were served and measured, and 0.3 to 0.7 beside them."
-    if extrapolates(inputs["served"]):
+    if extrapolates(inputs):
         said = (
             f"{len(inputs['served'])} sparsities were measured per method; (*) extrapolated:"
             f" seconds and evaluations per request, times {inputs['requests']}."
@@ -637,7 +658,7 @@ def show_requests(rows, inputs):
 
 
 def show_text(table, text, tokens, served):
-    at = ", ".join(map(str, PERPLEXITIES))
+    at = ", ".join(map(str, perplexities(served)))
     print(
         f"\n{text}, {tokens} tokens that no choice ever saw; KL as a ratio to uniform's at equal"
         f" counted sparsity, geometric mean over {served[0]:g} to {served[-1]:g}\n"
@@ -797,6 +818,17 @@ def requests_asked(count):
     return sorted({*QUICK, *steps})
 
 
+def served(args):
+    """The sparsities that a command line asks to serve and to measure, ascending."""
+    if args.full and args.served:
+        raise Refused("--full serves every request: it does not go with --served")
+    if not all(0.05 <= s <= MAX for s in args.served or ()):  # below, uniform's KL may be 0
+        raise Refused(f"--served takes sparsities from 0.05 to {MAX}")
+    if args.tasks and args.served and not {*HARD} & {*args.served}:
+        raise Refused("--tasks asks what is served at 0.5 and 0.6: --served has neither")
+    return requests_asked(args.requests) if args.full else sorted({*(args.served or QUICK)})
+
+
 def arguments():
     parser = Parser(
         __doc__,
@@ -812,6 +844,8 @@ def arguments():
     number = {"type": int, "metavar": "N"}
     parser.add_argument("--requests", **number, default=64, help="how many are asked")
     parser.add_argument("--seeds", **number, default=1, help="how many seeds, from --seed on")
+    some = "serve and measure these sparsities alone; default: 0.3 to 0.7"
+    parser.add_argument("--served", type=float, nargs="+", metavar="S", help=some)
     full = "serve and measure every request, by every method"
     parser.add_argument("--full", action="store_true", help=full)
     refit = "also refit the survivors of every method's answers, and SparseGPT's update"
@@ -829,10 +863,10 @@ def arguments():
     args = parser.parse_args()
     at_least(args, 1, "requests", "seeds", "tokens", "calibration", "test_tokens")
     at_least(args, 1, "initial", "rounds", "limit")
-    at_least(args, 8, "budget")
+    at_least(args, LEAST, "budget")
     for task in TASKS if args.tasks else ():  # before hours of searching, not after
         all_prompts(task, read_rows(args.tasks, task, args.limit))
-    args.served = requests_asked(args.requests) if args.full else list(QUICK)
+    args.served = served(args)
     args.out = args.out or Path("out") / args.model.resolve().name
     return args
 

@@ -48,6 +48,11 @@ class Toy:
         return float((WEIGHTS * x**2).sum())
 
 
+def steps():
+    """EvoPress's selection before f2: on a quarter and on half of the tokens."""
+    return [(Toy(4), 4), (Toy(2), 2)]
+
+
 def counted(x):
     """Blocks of one matrix with rows of 1000 weights."""
     return float((torch.as_tensor(x) * 1000 + 1e-6).floor().sum()) / (1000 * BLOCKS)
@@ -64,35 +69,64 @@ def uniform_f2(sparsity):
 # ------------------------------------------------------------------------------------- baselines
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
 def test_evopress_lowers_its_own_f2_with_every_larger_budget_and_keeps_the_count(sparsity):
-    found = baselines.evopress(Toy(), Toy(4), target(sparsity), 60, snapshots=(10, 30))
-    values = [uniform_f2(sparsity), *(Toy()(found[b][0]) for b in (10, 30, 60))]
+    found = baselines.evopress(Toy(), steps(), target(sparsity), 90, snapshots=(10, 45))
+    values = [uniform_f2(sparsity), *(Toy()(found[b][0]) for b in (10, 45, 90))]
     assert all(later <= earlier for earlier, later in zip(values, values[1:]))
     assert values[-1] < 0.9 * values[0]
     for x, seconds in found.values():
         assert abs(counted(x) - sparsity) <= STEP and seconds >= 0
         assert x.min() >= 0 and x.max() <= unicuco.MAX
-    again = baselines.evopress(Toy(), Toy(4), target(sparsity), 60, snapshots=(10, 30))
+    again = baselines.evopress(Toy(), steps(), target(sparsity), 90, snapshots=(10, 45))
     assert all(torch.equal(found[b][0], again[b][0]) for b in found)
 
 
 def test_evopress_spends_no_more_than_its_budget_in_tokens():
-    f2, quick = Toy(), Toy(4)
-    baselines.evopress(f2, quick, target(0.5), 40)
-    assert 30 < f2.calls + quick.calls / 4 <= 40
+    f2, selection = Toy(), steps()
+    (quarter, _), (half, _) = selection
+    baselines.evopress(f2, selection, target(0.5), 40)
+    # uniform, then 4 generations of 16 children on a quarter, 4 on a half, 2 on all tokens
+    assert (quarter.calls, half.calls, f2.calls) == (4 * 16, 4 * 4, 1 + 4 * 2)
+    assert f2.calls + half.calls / 2 + quarter.calls / 4 == 33
+    assert baselines.generation_cost(16, selection) == 8
+    alone = Toy()
+    baselines.evopress(alone, [], target(0.5), 40)  # one window: every child is read whole
+    assert alone.calls == 1 + 2 * 16
+
+
+class Recorded(Toy):
+    """A toy f2 that keeps what it was asked, and sees damage in some blocks alone."""
+
+    def __init__(self, share, seen=slice(None)):
+        super().__init__(share)
+        self.seen = seen
+        self.asked = []
+
+    def __call__(self, x):
+        self.asked.append(x)
+        return float((WEIGHTS * x**2)[self.seen].sum())
+
+
+def test_every_step_of_evopress_chooses_among_the_survivors_of_the_one_before():
+    quarter, half, f2 = Recorded(4, slice(4)), Recorded(2, slice(4, None)), Recorded(1)
+    found = baselines.evopress(f2, [(quarter, 4), (half, 2)], target(0.5), 9)
+
+    def best(objective, strategies, count):
+        damage = lambda x: float((WEIGHTS * x**2)[objective.seen].sum())
+        return sorted(strategies, key=damage)[:count]
+
+    parent, *finalists = f2.asked
+    assert len(quarter.asked) == 16 and torch.equal(parent, target(0.5).uniform())
+    assert all(map(torch.equal, half.asked, best(quarter, quarter.asked, 4)))
+    assert all(map(torch.equal, finalists, best(half, half.asked, 2))) and len(finalists) == 2
+    assert torch.equal(found[9][0], best(f2, f2.asked, 1)[0])
 
 
 def test_a_child_of_evopress_differs_from_its_parent_in_the_switched_blocks_only():
-    asked = []
-
-    class Recorded(Toy):
-        def __call__(self, x):
-            asked.append(x)
-            return super().__call__(x)
-
-    # one generation: 8 children of uniform pruning
-    baselines.evopress(Toy(), Recorded(4), target(0.5), 6)
-    moved = [int(((x - 0.5).abs() > 1e-3).sum()) for x in asked]
-    assert len(asked) == 8 and max(moved) >= 2
+    quarter = Recorded(4)
+    # one generation: 16 children of uniform pruning
+    baselines.evopress(Toy(), [(quarter, 4), (Toy(2), 2)], target(0.5), 9)
+    moved = [int(((x - 0.5).abs() > 1e-3).sum()) for x in quarter.asked]
+    assert len(moved) == 16 and max(moved) >= 2
     assert set(moved) <= {0, 2, 3, 4, 5, 6}  # 1 to 3 switches of two blocks; two may cancel
 
 
@@ -168,7 +202,7 @@ def options(model, text, out):
     return (
         *("--model", model, "--data", text, *CPU),
         *("--seqlen", 64, "--calibration", 4, "--tokens", 256, "--test-tokens", 256),
-        *("--budget", 8, "--out", out),
+        *("--budget", 9, "--out", out),
     )
 
 
@@ -185,7 +219,7 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
     assert call(compare, *options(small, text, tmp_path), *words) == 0
     inputs, rows = read(tmp_path)
     table = {r["method"]: r for r in compare.requests_table(rows, inputs)}
-    assert {"uniform", "EvoPress, 8 each", *METHODS.values()} - {
+    assert {"uniform", "EvoPress, 9 each", *METHODS.values()} - {
         "EvoPress",
         "matrix EvoPress",
     } <= table.keys()
@@ -199,7 +233,7 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
     # of the short search, whatever the number of requests
     # and the one backward pass of the 256 search tokens' size, at four forward passes
     assert table["UniCuCo"]["evaluations"] == 8 + 4
-    assert table["EvoPress, 8 each"]["evaluations"] == 8 * 16
+    assert table["EvoPress, 9 each"]["evaluations"] == 9 * 16
     assert table["GP per request"]["evaluations"] == 4 * 16
     check_ratios(table, rows)
     ours = table["UniCuCo"]
@@ -210,7 +244,7 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
         for method, r in table.items()
         if method.startswith("EvoPress") and r["ratio"][name] <= ours["ratio"][name]
     ]
-    none = "At equal quality: no EvoPress budget up to 8 reaches"
+    none = "At equal quality: no EvoPress budget up to 9 reaches"
     assert (f"At equal quality, against {equal[0]} " if equal else none) in printed
 
 
@@ -297,7 +331,7 @@ def test_long_texts_and_tasks_are_measured_on_the_models_that_were_searched_for(
     printed = capsys.readouterr().out
     inputs, rows = read(out)
     journal = json.loads((out / "compare.journal.json").read_text())["values"]
-    models = {(m, s) for m in ("uniform", "UniCuCo", "EvoPress, 8 each") for s in HARD}
+    models = {(m, s) for m in ("uniform", "UniCuCo", "EvoPress, 9 each") for s in HARD}
     long = {(r["seed"], r["method"], r["sparsity"]): r for r in rows if r["table"] == "long"}
     asked = {(seed, *model) for seed in range(2) for model in {("dense", 0.0), *models}}
     assert long.keys() == asked
@@ -361,9 +395,9 @@ def check_tables(rows, printed):
     )
     line = next(line for line in lines if re.match(r"uniform +0.50 .* ± ", line))
     assert line.endswith(f" {uniform['lost']:.1f} ± {uniform['error']:.1f}")
-    start = "At 0.6: UniCuCo's KL over that of EvoPress, 8 each: "
+    start = "At 0.6: UniCuCo's KL over that of EvoPress, 9 each: "
     line = next(line for line in lines if line.startswith(start))
-    to_evopress = ratios("EvoPress, 8 each")
+    to_evopress = ratios("EvoPress, 9 each")
     mean, wide = statistics.mean(to_evopress), statistics.stdev(to_evopress)
     assert f" {mean:.3f}, ± {wide:.3f} over 2 seeds" in line
 
@@ -371,13 +405,13 @@ def check_tables(rows, printed):
 def test_long_texts_and_tasks_are_for_uniform_and_the_best_of_each_method():
     methods = (
         *("uniform", "UniCuCo", "UniCuCo, constant mean"),
-        *("EvoPress, 4 each", "EvoPress, 8 each"),
+        *("EvoPress, 8 each", "EvoPress, 9 each"),
     )
     answers = [
         {"seed": 0, "method": m, "sparsity": s, "strategy": [s]} for m in methods for s in QUICK
     ]
     rows = [(a["method"], a["sparsity"], a["strategy"]) for a in compare.hard(answers)]
-    best = ("uniform", "UniCuCo", "EvoPress, 8 each")
+    best = ("uniform", "UniCuCo", "EvoPress, 9 each")
     assert rows == [("dense", 0.0, [0.0])] + [(m, s, [s]) for s in (0.5, 0.6) for m in best]
 
 
@@ -445,7 +479,7 @@ def costs_of(served, *seeds):
         for s, t in zip(served, seconds)
         for text in ("a", "b")
     ]
-    requests = 64 if len(served) == len(QUICK) else 3
+    requests = 64 if len(served) == len(QUICK) else 2
     inputs = {"requests": requests, "served": list(served), "tokens": 100}
     (row,) = compare.requests_table(rows, inputs)
     return row
@@ -458,10 +492,10 @@ def test_seconds_are_medians_so_one_search_beside_other_work_changes_nothing():
     assert costs == (4, 5, 324)
     assert (row["evaluations"], row["tokens"]) == (640, 64000)
     assert row["ratio"] == {"a": 1, "b": 1} and row["spread"] == {"a": 0, "b": 0}
-    # all served: their mean, times 3
+    # all served: their mean, times 2
     row = costs_of((0.2, *QUICK, 0.75), (3, 5, 6, 10, 2, 12, 5, 9))
     costs = (row["seconds_shared"], row["seconds_per_request"], row["seconds"])
-    assert costs == (3, 7, 24) and row["spread"] == {"a": None, "b": None}
+    assert costs == (3, 7, 17) and row["spread"] == {"a": None, "b": None}
 
 
 def test_a_ruined_model_counts_as_100_nats_in_kl_and_perplexity_alike():
@@ -480,6 +514,40 @@ def test_full_serves_every_request_and_extrapolates_nothing(small, text, tmp_pat
     assert "All were served and measured" in capsys.readouterr().out
 
 
+def test_smaller_budgets_are_halves_down_to_one_generation_so_6656_holds_every_fourth_of_it():
+    assert compare.halved(104) == [13, 26, 52, 104]
+    assert {104, 416, 1664, 6656} <= set(compare.halved(6656))
+    for least in (compare.LEAST, 17):
+        assert compare.halved(least) == [least]
+
+
+def test_some_sparsities_alone_are_served_and_those_beside_them_are_extrapolated_from(
+    small, text, tmp_path, short, capsys
+):
+    words = ("--served", 0.6, 0.4, "--methods", "evopress", "--refit")
+    assert call(compare, *options(small, text, tmp_path), *words) == 0
+    inputs, rows = read(tmp_path)
+    assert inputs["served"] == [0.4, 0.6]
+    asked = {r["sparsity"] for r in rows if r["method"] == "EvoPress, 9 each"}
+    assert asked == {0.4, 0.6}
+    table = {r["method"]: r for r in compare.requests_table(rows, inputs)}
+    ours = table["EvoPress, 9 each"]
+    assert ours["extrapolated"] and ours["evaluations"] == 64 * 9
+    (by_sparsity,) = ours["perplexity"].values()
+    assert list(by_sparsity) == [0.6]
+    printed = capsys.readouterr().out
+    assert "2 sparsities were measured per method" in printed and "perplexity at 0.6\n" in printed
+
+
+def test_one_window_leaves_evopress_no_step_before_f2_and_two_leave_it_one():
+    def kept(*shares):
+        quick = [Toy(share) for share in shares]
+        run = argparse.Namespace(quick=quick)
+        return [(objective.share, count) for objective, count in compare.Run.steps(run)]
+
+    assert (kept(), kept(2), kept(4, 2)) == ([], [(2, 2)], [(4, 4), (2, 2)])
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-full", "smollm2", "smollm2-constant"])
 def test_the_tables_of_the_results_in_the_repository_can_be_printed(name, capsys):
     inputs, rows = compare.read_comparison(ROOT / "results" / f"compare-{name}.json")
@@ -493,11 +561,15 @@ def test_the_tables_of_the_results_in_the_repository_can_be_printed(name, capsys
 @pytest.mark.parametrize(
     "words",
     [
-        ("--budget", 4),
+        ("--budget", 8),
         ("--requests", 0),
         ("--seeds", "x"),
         ("--model", "nowhere"),
         ("--nonsense",),
+        ("--served", 0.0),
+        ("--served", 0.95),
+        ("--served", 0.5, "--full"),
+        ("--served", 0.4, "--tasks", "nowhere"),
         ("--data", "nowhere.txt"),
     ],
 )
@@ -584,10 +656,11 @@ def test_over_matrices_equal_sizes_alone_switch_levels_and_evopress_finds_the_to
     best = float((w * (c / w) ** 2).sum())
     assert float((c / w).max()) <= 0.9
     f2 = lambda x: float((w * x**2).sum())
-    f2_quick = type("Quick", (), {"share": 4, "__call__": lambda self, x: f2(x)})()
+    cheaper = lambda share: type("Part", (), {"share": share, "__call__": lambda _, x: f2(x)})()
+    selection = [(cheaper(4), 4), (cheaper(2), 2)]
     target = Target(0.5, 21, lambda x: float(torch.as_tensor(x).mean()))
-    found = baselines.evopress(f2, f2_quick, target, 600, groups=[torch.arange(21)])
-    strategy, _ = found[600]
+    found = baselines.evopress(f2, selection, target, 1200, groups=[torch.arange(21)])
+    strategy, _ = found[1200]
     assert f2(strategy) < best + 0.05 * (f2(parent) - best)
 
 
@@ -597,7 +670,7 @@ def test_every_method_is_refitted_and_sparsegpt_stands_beside_them(small, text, 
     assert call(compare, *words, "--methods", "unicuco", "evopress", "matrices") == 0
     _, rows = read(tmp_path)
     mine = [r for r in rows if r["table"] == "refitted"]
-    budgeted = {"EvoPress, 8 each", "matrix EvoPress, 8 each"}
+    budgeted = {"EvoPress, 9 each", "matrix EvoPress, 9 each"}
     assert {r["method"] for r in mine} == {"uniform", "UniCuCo", *budgeted, *compare.SPARSEGPT}
     plain = {(r["method"], r["sparsity"], r["text"]): r for r in rows if r["table"] == "requests"}
     for r in mine:
