@@ -25,10 +25,16 @@ import torch
 from tqdm import tqdm
 
 from baselines import (
+    LEVELS,
+    GlobalThreshold,
     Target,
+    damages_alone,
+    dlp,
+    dynamic_program,
     evopress,
     gp_search,
     groups_of,
+    median_scores,
     outlier_shares,
     owl_best,
     sparsegpt,
@@ -36,6 +42,7 @@ from baselines import (
 )
 from curvature import cost_in_tokens
 from eval import TASKS, all_prompts, cut, read_rows, standard_error, zero_shot
+from model import LINEARS
 from prune import F2, Pruner, Setting, prepare
 from refit import follow
 from script import (
@@ -70,10 +77,14 @@ METHODS = {
     "gp": "GP per request",
     "evopress": "EvoPress",
     "matrices": "matrix EvoPress",
+    "dlp": "DLP",
+    "dynamic": "dynamic programming",
     "magnitude": "magnitude, uniform",
+    "global": "global threshold",
 }
 # what 64 requests cost no more searches than one
-SHARED = ("uniform", METHODS["unicuco"], METHODS["constant"], METHODS["magnitude"])
+SINGLE = ("unicuco", "constant", "dlp", "dynamic", "magnitude", "global")
+SHARED = ("uniform", *(METHODS[name] for name in SINGLE))
 
 
 # ------------------------------------------------------------------------------------- searching
@@ -131,7 +142,7 @@ def start(args, journal, device, dtype):
     windows = len(setting.search)
     parts = sorted({max(1, windows // 4), max(1, windows // 2)} - {windows})
     bar = tqdm(
-        total=total_evaluations(args),
+        total=total_evaluations(args, len(setting.model.blocks) * len(LINEARS)),
         desc=f"seed {args.seed}, evaluations of f2",
         bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]",
         disable=None,
@@ -144,13 +155,14 @@ def start(args, journal, device, dtype):
     return Run(args, journal, setting, pruner, f2, quick, seconds)
 
 
-def total_evaluations(args):
+def total_evaluations(args, matrices):
     """Of f2, that the methods of a run will ask for."""
     costs = {"owl": 12, "gp": args.budget // 2, "evopress": args.budget}
     costs["matrices"] = args.budget
     each = sum(costs.get(name, 0) for name in args.methods)
     searches = len({"unicuco", "constant"} & set(args.methods))
-    return each * len(args.served) + (args.initial + 4 * args.rounds) * searches
+    alone = matrices * LEVELS / 4 if "dynamic" in args.methods else 0
+    return each * len(args.served) + (args.initial + 4 * args.rounds) * searches + alone
 
 
 def timed(run, find, sparsity):
@@ -184,24 +196,64 @@ def answer(run, method, sparsity, found, shared=None):
     }
 
 
-def each(run, method, find, requests):
-    """Answers of a method that starts anew for each request: find(sparsity) -> strategy."""
+def each(run, method, find, requests, shared=None):
+    """Answers of a method that starts anew for each request: find(sparsity) -> strategy; shared: as
+    of `answer`."""
     answers = []
     for s in requests:
         found = run.journal(f"{run.args.seed} {method} {s}", partial(timed, run, find, s))
-        answers.append(answer(run, method, s, found))
+        answers.append(answer(run, method, s, found, shared))
     return answers
 
 
+def and_ends(run):
+    return sorted({*run.args.served, *ENDS})
+
+
 def by_uniform(run, method):
-    find = partial(uniform, len(run.pruner.live))
-    return each(run, method, find, sorted({*run.args.served, *ENDS}))
+    return each(run, method, partial(uniform, len(run.pruner.live)), and_ends(run))
 
 
 def by_owl(run, method):
     run.pruner.restore()
     shares = outlier_shares(run.setting.model, run.setting.calibration)
     return each(run, method, lambda s: owl_best(shares, run.target(s), run.f2), run.args.served)
+
+
+def by_dlp(run, method):
+    run.pruner.restore()
+    medians = median_scores(run.setting.model, run.setting.calibration)
+    return each(run, method, lambda s: dlp(medians, run.target(s)), and_ends(run))
+
+
+def by_dynamic(run, method):
+    """The damages of single matrices once, on the fewest tokens; a knapsack for each request."""
+    sizes = (run.pruner.d_in * run.pruner.d_out).int().tolist() * len(run.pruner.live)
+    measured = [
+        run.journal(
+            f"{run.args.seed} {method}, matrix {m} alone", partial(alone, run, m, len(sizes))
+        )
+        for m in range(len(sizes))
+    ]
+    shared = {key: sum(found[key] for found in measured) for key in ("seconds", "evaluations")}
+    damages = torch.tensor([found["damages"] for found in measured], dtype=torch.float64)
+
+    def find(s):
+        return dynamic_program(damages, sizes, run.matrix_target(s))
+
+    return each(run, method, find, and_ends(run), shared)
+
+
+def alone(run, matrix, matrices):
+    """Damages of one matrix, and what measuring them cost."""
+    started = time.perf_counter()
+    before = run.evaluations()
+    damages = damages_alone([*run.quick, run.f2][0], matrix, matrices)
+    return {
+        "damages": damages,
+        "seconds": time.perf_counter() - started,
+        "evaluations": run.evaluations() - before,
+    }
 
 
 def by_gp(run, method):
@@ -279,7 +331,7 @@ def learned(run, mean):
         "evaluations": run.evaluations() - before + read,
         "strategies": {},
     }
-    for s in sorted({*run.args.served, *ENDS}):
+    for s in and_ends(run):
         find = partial(strategy_for, net, counted_sparsity=run.pruner.sparsity)
         made["strategies"][str(s)] = timed(run, find, s)
     return made
@@ -292,11 +344,41 @@ SEARCHES = {
     "gp": by_gp,
     "evopress": by_evopress,
     "matrices": partial(by_evopress, matrices=True),
+    "dlp": by_dlp,
+    "dynamic": by_dynamic,
 }
 
 
+def by_magnitude(run):
+    """The Pruner of magnitude's masks: its ranking takes what that of Wanda's took."""
+    return Pruner(run.setting.model, run.setting.calibration, "magnitude"), 0.0, 0.0
+
+
+def by_threshold(run):
+    """The masks of a global threshold; the seconds and evaluations of its backward passes."""
+    started = time.perf_counter()
+    windows = run.setting.calibration
+    masks = GlobalThreshold(run.pruner, windows, run.args.seed)
+    evaluations = cost_in_tokens(windows) / run.f2.windows.numel()
+    key = f"{run.args.seed} {METHODS['global']}, scores"
+    return masks, run.journal(key, lambda: time.perf_counter() - started), evaluations
+
+
+OWN_MASKS = {"magnitude": by_magnitude, "global": by_threshold}
+
+
+def own_masks(run, name, answers):
+    """A method that has masks of its own, where uniform pruning has a count: what applies them, and
+    its answers, from those of uniform."""
+    run.pruner.restore()
+    masks, seconds, evaluations = OWN_MASKS[name](run)
+    shared = {"seconds": seconds, "evaluations": evaluations}
+    mine = [a for a in answers if a["method"] == "uniform"]
+    return masks, [answer(run, METHODS[name], a["sparsity"], a, shared) for a in mine]
+
+
 def find_all(run):
-    """Answers of uniform and of the methods asked for, but magnitude: it searches nothing."""
+    """Answers of uniform and of the methods asked for, but of OWN_MASKS: they search nothing."""
     answers = by_uniform(run, "uniform")
     for name in run.args.methods:
         if name in SEARCHES:
@@ -359,9 +441,11 @@ def name_of(answer):
 
 
 # ---------------------------------------------------------------------------------------- refitted
-def refitted_all(run, answers, texts):
+def refitted_all(run, answers, texts, owned):
     """Rows of the last answers of every method at PERPLEXITIES, survivors refitted; and SparseGPT
     with Wanda's masks and with its own. All on the same calibration windows and texts.
+
+    owned     {method: what has its masks}, for those that have their own
     """
     run.pruner.restore()
     readers = {text: Reader(run.pruner, windows) for text, windows in texts.items()}
@@ -374,7 +458,7 @@ def refitted_all(run, answers, texts):
     asked += [a | {"method": m} for a in asked if a["method"] == "uniform" for m in SPARSEGPT]
     rows = []
     for a in tqdm(asked, desc=f"seed {run.args.seed}, refitted", disable=None):
-        found = run.journal(f"{name_of(a)}, refitted", partial(refitted, run, a, readers))
+        found = run.journal(f"{name_of(a)}, refitted", partial(refitted, run, a, readers, owned))
         rows += [row("refitted", a, text, more) for text, more in found.items()]
     run.pruner.restore()
     return rows
@@ -383,10 +467,11 @@ def refitted_all(run, answers, texts):
 SPARSEGPT = ("SparseGPT, Wanda's masks", "SparseGPT, its masks")
 
 
-def refitted(run, answer, readers):
+def refitted(run, answer, readers, owned):
     """{text: tokens, counted sparsity, KL and perplexity} of one answer after its refit."""
     pruner, windows = run.pruner, run.setting.calibration
-    masks, started = pruner.masks(answer["strategy"]), time.perf_counter()
+    masks = owned.get(answer["method"], pruner).masks(answer["strategy"])
+    started = time.perf_counter()
     if answer["method"] in SPARSEGPT:
         own = answer["method"] == SPARSEGPT[1]
         sparsegpt(pruner, windows, answer["sparsity"], None if own else masks)
@@ -462,13 +547,14 @@ def one_seed(args, seed, journal, device, dtype):
         rows += ask_all(run, hard(answers)) if first else []
     texts = first_tokens(run.setting.held_out, args.test_tokens)
     rows += read_all(run, answers, run.pruner, texts, "requests")
+    owned = {}
+    for name in [name for name in args.methods if name in OWN_MASKS]:
+        masks, mine = own_masks(run, name, answers)
+        rows += read_all(run, mine, masks, texts, "requests")
+        owned[METHODS[name]] = masks
+        answers += mine
     if args.refit:
-        rows += refitted_all(run, answers, texts)
-    if "magnitude" in args.methods:
-        by_magnitude = Pruner(run.setting.model, run.setting.calibration, "magnitude")
-        method = {"method": METHODS["magnitude"]}
-        answers = [a | method for a in answers if a["method"] == "uniform"]
-        rows += read_all(run, answers, by_magnitude, texts, "requests")
+        rows += refitted_all(run, answers, texts, owned)
     return rows
 
 

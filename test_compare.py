@@ -7,6 +7,7 @@ Run       pytest test_compare.py                         (10 s on 2 cores)
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -18,7 +19,9 @@ import torch
 
 import baselines
 import compare
+import curvature
 import eval as evaluation
+import prune
 import refit
 import unicuco
 from baselines import Target
@@ -150,7 +153,19 @@ def test_owl_keeps_the_mean_and_gives_blocks_with_more_outliers_less_at_most_lam
     assert Toy()(best) == min(each)
 
 
-def test_outlier_shares_equal_counting_scores_above_m_times_their_mean(small):
+def test_dlp_is_its_formula_on_a_case_worked_by_hand():
+    medians = torch.tensor([1.0, 2.0, 4.0, 1.0], dtype=torch.float64)
+    asked = Target(0.5, 4, lambda x: float(torch.as_tensor(x).mean()))
+    # importance 7/8, 6/8, 4/8, 7/8, scaled to 1, 2/3, 0, 1: times 0.3, less its mean of 0.2
+    expected = pytest.approx([0.4, 0.5, 0.7, 0.4], abs=1e-9)
+    assert baselines.dlp(medians, asked).tolist() == expected
+    halved = baselines.dlp(medians, asked, alpha=0.075)
+    assert halved.tolist() == pytest.approx([0.45, 0.5, 0.6, 0.45], abs=1e-9)
+    level = baselines.dlp(torch.ones(4, dtype=torch.float64), asked)
+    assert level.tolist() == pytest.approx([0.5] * 4, abs=1e-9)
+
+
+def test_outlier_shares_and_medians_equal_those_of_all_scores_of_a_block(small):
     model, _ = load_llama(small)
     tokens = torch.randint(3, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
     inputs = {}
@@ -167,6 +182,7 @@ def test_outlier_shares_equal_counting_scores_above_m_times_their_mean(small):
     with torch.no_grad():
         model(tokens)
     shares = baselines.outlier_shares(load_llama(small)[0], tokens)
+    medians = baselines.median_scores(load_llama(small)[0], tokens)
     for i, block in enumerate(model.blocks):
         scores = []
         for name in LINEARS:
@@ -177,6 +193,99 @@ def test_outlier_shares_equal_counting_scores_above_m_times_their_mean(small):
             expected = 100 * np.mean(scores > m * scores.mean())
             # float32: one score in 10,000
             assert float(found[i]) == pytest.approx(expected, abs=0.01)
+        middle = np.sort(scores)[(len(scores) - 1) // 2]
+        assert float(medians[i]) == pytest.approx(middle, rel=1e-5)  # float32
+
+
+def brute_force(damages, units, budget):
+    """The lowest sum of damages of all levels that take just `budget`, tried one by one."""
+    tried = itertools.product(range(damages.shape[1]), repeat=len(units))
+    fits = [x for x in tried if sum(u * level for u, level in zip(units, x)) == budget]
+    return min((float(sum(damages[m, i] for m, i in enumerate(x))) for x in fits), default=math.inf)
+
+
+def test_the_knapsack_finds_what_trying_all_levels_finds_at_every_budget():
+    g = torch.Generator().manual_seed(0)
+    for units in ([1, 1, 2, 3], [2, 5, 2, 4]):  # of the second, no levels take 1 or 3
+        damages = torch.rand(4, 4, generator=g, dtype=torch.float64)  # not even monotone
+        damages[:, 0] = 0
+        sums, choices = baselines.knapsack(damages, units)
+        assert len(sums) == 3 * sum(units) + 1 and len(choices) == 4
+        expected = [brute_force(damages, units, budget) for budget in range(len(sums))]
+        assert sums.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_dynamic_programming_gives_the_levels_of_lowest_damage_at_the_count_of_uniform():
+    sizes = [300, 100, 200, 300]
+    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    asked = Target(0.45, 4, lambda x: float(torch.as_tensor(x) @ share))
+    damages = torch.rand(4, 7, generator=torch.Generator().manual_seed(1)).double().cumsum(1)
+    damages[:, 0] = 0  # levels 0, 0.15 to 0.9: half of all that can go is 27 units
+    x = baselines.dynamic_program(damages, sizes, asked)
+    levels = (x / 0.15).round().long()
+    assert torch.allclose(x, levels.double() * 0.15, atol=1e-4)  # logits end at 12
+    assert asked.counted_sparsity(x) == pytest.approx(0.45, abs=1e-9)
+    found = float(damages.gather(1, levels[:, None]).sum())
+    assert found == pytest.approx(brute_force(damages, [3, 1, 2, 3], 27), rel=1e-12)
+
+
+def test_damages_alone_are_f2_of_one_matrix_with_the_others_dense():
+    f2 = Recorded(4)
+    damages = baselines.damages_alone(f2, 2, BLOCKS)
+    levels = [0.9 * level / 8 for level in range(9)]
+    assert damages == pytest.approx([float(WEIGHTS[2]) * level**2 for level in levels])
+    assert all(x.count_nonzero() == 1 and x[2] > 0 for x in f2.asked) and len(f2.asked) == 8
+
+
+# ------------------------------------------------------------------------- a global threshold
+def test_gradients_at_outputs_are_those_that_autograd_gives_the_whole_model(small):
+    model, _ = load_llama(small)
+    windows = torch.randint(3, 4096, (6, 64), generator=torch.Generator().manual_seed(0))
+    found = baselines.gradient_norms(model, windows, seed=3)  # one pass of 256 of 384 tokens
+    g = torch.Generator().manual_seed(3)
+    (window,) = curvature.pieces_of(windows, g)
+    seen = {}
+
+    def record(name):
+        def hook(module, inputs, outputs):
+            seen[name] = outputs[0].flatten(0, 1).norm(dim=0)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_full_backward_hook(record(name + ".weight"))
+    log_p = model.requires_grad_(True)(window[None])[0].log_softmax(-1)
+    y = torch.multinomial(log_p.detach().exp(), 1, generator=g)
+    log_p.gather(1, y).sum().backward()
+    assert found.keys() == seen.keys() and len(found) == 3 * 7
+    assert all(relative(found[name], seen[name]) < 1e-4 for name in seen)  # float32
+
+
+def test_a_global_threshold_drops_the_lowest_scores_of_the_whole_model_as_many_as_uniform(small):
+    model, _ = load_llama(small)
+    windows = torch.randint(3, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
+    pruner = Pruner(model, windows)
+    x_norms = prune.activation_norms(model, windows)
+    made = baselines.GlobalThreshold(pruner, windows)
+    g_norms = baselines.gradient_norms(model, windows)
+    masks = made.masks([0.6] * 3)
+    kept, gone = [], []
+    for names, dense in zip(pruner.names, pruner.dense):
+        for name, W in zip(names, dense):
+            score = W.abs() * torch.outer(g_norms[name], x_norms[name])
+            kept.append(score[masks[name]])
+            gone.append(score[~masks[name]])
+    assert float(torch.cat(gone).max()) <= float(torch.cat(kept).min()) * (1 + 1e-6)  # float32
+    counts = [len(there) / (len(there) + len(left)) for left, there in zip(kept, gone)]
+    assert max(counts) - min(counts) > 0.1  # matrices lose what they lose
+    assert made.sparsity([0.6] * 3) == pytest.approx(pruner.sparsity([0.6] * 3), abs=1e-5)
+    made.apply([0.6] * 3)
+    for name, W in model.named_parameters():
+        if name in masks:
+            assert torch.equal(W != 0, masks[name])
+    made.restore()
+    assert pruner.zeros() == 0 and all(mask.all() for mask in made.masks([0.0] * 3).values())
 
 
 def test_a_gp_for_one_request_spends_its_budget_keeps_the_count_and_beats_uniform():
@@ -235,6 +344,10 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
     assert table["UniCuCo"]["evaluations"] == 8 + 4
     assert table["EvoPress, 9 each"]["evaluations"] == 9 * 16
     assert table["GP per request"]["evaluations"] == 4 * 16
+    # 8 levels of 21 matrices, on a quarter of the tokens; the same backward pass; nothing
+    assert table["dynamic programming"]["evaluations"] == 8 * 21 / 4
+    assert table["global threshold"]["evaluations"] == 4
+    assert table["DLP"]["evaluations"] == table["magnitude, uniform"]["evaluations"] == 0
     check_ratios(table, rows)
     ours = table["UniCuCo"]
     printed = capsys.readouterr().out
@@ -667,15 +780,18 @@ def test_over_matrices_equal_sizes_alone_switch_levels_and_evopress_finds_the_to
 @pytest.mark.slow
 def test_every_method_is_refitted_and_sparsegpt_stands_beside_them(small, text, tmp_path, short):
     words = (*options(small, text, tmp_path), "--requests", 16, "--refit")
-    assert call(compare, *words, "--methods", "unicuco", "evopress", "matrices") == 0
+    methods = ("unicuco", "evopress", "matrices", "dlp", "dynamic", "magnitude", "global")
+    assert call(compare, *words, "--methods", *methods) == 0
     _, rows = read(tmp_path)
     mine = [r for r in rows if r["table"] == "refitted"]
     budgeted = {"EvoPress, 9 each", "matrix EvoPress, 9 each"}
-    assert {r["method"] for r in mine} == {"uniform", "UniCuCo", *budgeted, *compare.SPARSEGPT}
+    searched = {"uniform", "UniCuCo", "DLP", "dynamic programming", *budgeted}
+    owned = {"magnitude, uniform", "global threshold"}
+    assert {r["method"] for r in mine} == {*searched, *owned, *compare.SPARSEGPT}
     plain = {(r["method"], r["sparsity"], r["text"]): r for r in rows if r["table"] == "requests"}
     for r in mine:
         if (r["method"], r["sparsity"], r["text"]) in plain:
             before = plain[r["method"], r["sparsity"], r["text"]]
             assert abs(r["counted"] - before["counted"]) < 0.01 and r["kl"] != before["kl"]
     table = compare.refitted_table(rows)
-    assert len(table) == 3 * 6 and all(x == 1 for x in table[0]["ratio"])
+    assert len(table) == 3 * 10 and all(x == 1 for x in table[0]["ratio"])
