@@ -23,14 +23,16 @@ import curvature
 import eval as evaluation
 import prune
 import refit
+import report
 import unicuco
 from baselines import Target
-from compare import ENDS, HARD, METHODS, QUICK
+from compare import HARD
 from conftest import CPU, ROOT, call, relative, write_tasks
 from eval import Divergence
 from llama import load_llama
 from model import LINEARS
 from prune import Pruner
+from report import ENDS, METHODS, QUICK
 from unicuco import search
 
 BLOCKS = 8
@@ -317,7 +319,7 @@ def options(model, text, out):
 
 def read(folder):
     """(inputs, rows) of a comparison."""
-    return compare.read_comparison(folder / "compare.json")
+    return report.read_comparison(folder / "compare.json")
 
 
 @pytest.mark.slow
@@ -327,7 +329,7 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
     words = ("--requests", 16, "--seeds", 2, "--methods", *METHODS)
     assert call(compare, *options(small, text, tmp_path), *words) == 0
     inputs, rows = read(tmp_path)
-    table = {r["method"]: r for r in compare.requests_table(rows, inputs)}
+    table = {r["method"]: r for r in report.requests_table(rows, inputs)}
     assert {"uniform", "EvoPress, 9 each", *METHODS.values()} - {
         "EvoPress",
         "matrix EvoPress",
@@ -406,7 +408,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_it_found_and_refuses_ot
     # one more method later
     assert call(compare, *words, "--methods", "owl", "unicuco", "evopress", "--resume") == 0
     inputs, rows = read(tmp_path)
-    assert [r["method"] for r in compare.requests_table(rows, inputs)][2] == "UniCuCo"
+    assert [r["method"] for r in report.requests_table(rows, inputs)][2] == "UniCuCo"
     capsys.readouterr()
     assert call(compare, *words, "--full", "--resume") == 2
     assert "another served" in capsys.readouterr().err  # these were not searched for
@@ -489,7 +491,7 @@ def check_tasks(setting, out, rows):
 def check_tables(rows, printed):
     """Ratios, spreads and their words are those of the rows."""
     long = {(r["seed"], r["method"], r["sparsity"]): r for r in rows if r["table"] == "long"}
-    table = {(r["method"], r["sparsity"]): r for r in compare.long_table(rows)}
+    table = {(r["method"], r["sparsity"]): r for r in report.long_table(rows)}
     assert len(table) == 6 and table["uniform", 0.6]["ratio"] == 1
     assert table["uniform", 0.6]["spread"] == 0
 
@@ -504,7 +506,7 @@ def check_tables(rows, printed):
     assert "zero-shot accuracy in %, 3, 3, 3, 3, 3 documents" in printed
     lines = printed.splitlines()
     uniform = next(
-        r for r in compare.tasks_table(rows) if (r["method"], r["sparsity"]) == ("uniform", 0.5)
+        r for r in report.tasks_table(rows) if (r["method"], r["sparsity"]) == ("uniform", 0.5)
     )
     line = next(line for line in lines if re.match(r"uniform +0.50 .* ± ", line))
     assert line.endswith(f" {uniform['lost']:.1f} ± {uniform['error']:.1f}")
@@ -535,7 +537,7 @@ def test_how_far_accuracy_lies_below_the_dense_models_is_paired_by_document_work
         more = {"documents": 4, "acc": acc, "acc_norm": None, "right": right}
         return [{**head, "text": task, **more} for task in evaluation.TASKS]
 
-    dense, pruned = compare.tasks_table(rows("dense", 0.0, "1101") + rows("M", 0.5, "1001"))
+    dense, pruned = report.tasks_table(rows("dense", 0.0, "1101") + rows("M", 0.5, "1001"))
     assert dense["average"] == 75 and dense["lost"] == dense["error"] == 0
     assert pruned["piqa"] == pruned["average"] == 50 and pruned["lost"] == 25
     # the differences 0, 1, 0, 0 have variance 1/4, so 1/16 for their mean; five tasks alike:
@@ -569,13 +571,13 @@ def test_a_difference_within_the_spread_of_seeds_is_called_a_tie():
         return {"method": "M", "each_seed": each_seed}
 
     one = row(1, 1, 1)
-    said = compare.compared(row(0.9, 0.9, 1.1), one)
+    said = report.compared(row(0.9, 0.9, 1.1), one)
     assert said == "M's KL over that of M: 0.967, ± 0.115 over 3 seeds: a tie."
-    said = compare.compared(row(0.8, 0.9, 0.85), one)
+    said = report.compared(row(0.8, 0.9, 0.85), one)
     assert said.endswith("0.850, ± 0.050 over 3 seeds: ahead.")
-    said = compare.compared(row(1.1, 1.2, 1.15), one)
+    said = report.compared(row(1.1, 1.2, 1.15), one)
     assert said.endswith("± 0.050 over 3 seeds: behind.")
-    said = compare.compared(row(0.9), row(1))
+    said = report.compared(row(0.9), row(1))
     assert said.endswith("0.900, one seed says nothing about its spread.")
 
 
@@ -594,7 +596,7 @@ def costs_of(served, *seeds):
     ]
     requests = 64 if len(served) == len(QUICK) else 2
     inputs = {"requests": requests, "served": list(served), "tokens": 100}
-    (row,) = compare.requests_table(rows, inputs)
+    (row,) = report.requests_table(rows, inputs)
     return row
 
 
@@ -621,7 +623,7 @@ def test_full_serves_every_request_and_extrapolates_nothing(small, text, tmp_pat
     words = ("--requests", 2, "--full", "--methods", "owl", "unicuco", "evopress")
     assert call(compare, *options(small, text, tmp_path), *words) == 0
     inputs, rows = read(tmp_path)
-    table = compare.requests_table(rows, inputs)
+    table = report.requests_table(rows, inputs)
     assert {0.2, 0.75} <= set(inputs["served"]) and not any(r["extrapolated"] for r in table)
     assert all(v is None for r in table for v in r["spread"].values())  # one seed has no spread
     assert "All were served and measured" in capsys.readouterr().out
@@ -643,7 +645,7 @@ def test_some_sparsities_alone_are_served_and_those_beside_them_are_extrapolated
     assert inputs["served"] == [0.4, 0.6]
     asked = {r["sparsity"] for r in rows if r["method"] == "EvoPress, 9 each"}
     assert asked == {0.4, 0.6}
-    table = {r["method"]: r for r in compare.requests_table(rows, inputs)}
+    table = {r["method"]: r for r in report.requests_table(rows, inputs)}
     ours = table["EvoPress, 9 each"]
     assert ours["extrapolated"] and ours["evaluations"] == 64 * 9
     (by_sparsity,) = ours["perplexity"].values()
@@ -663,11 +665,11 @@ def test_one_window_leaves_evopress_no_step_before_f2_and_two_leave_it_one():
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-full", "smollm2", "smollm2-constant"])
 def test_the_tables_of_the_results_in_the_repository_can_be_printed(name, capsys):
-    inputs, rows = compare.read_comparison(ROOT / "results" / f"compare-{name}.json")
-    compare.show_requests(rows, inputs)
+    inputs, rows = report.read_comparison(ROOT / "results" / f"compare-{name}.json")
+    report.show_requests(rows, inputs)
     if any(r["table"] == "tasks" for r in rows):
-        compare.show_tasks(rows)
-        compare.show_long(rows)
+        report.show_tasks(rows)
+        report.show_long(rows)
     assert f"{inputs['requests']} requests from 0.2 to 0.75" in capsys.readouterr().out
 
 
@@ -793,5 +795,5 @@ def test_every_method_is_refitted_and_sparsegpt_stands_beside_them(small, text, 
         if (r["method"], r["sparsity"], r["text"]) in plain:
             before = plain[r["method"], r["sparsity"], r["text"]]
             assert abs(r["counted"] - before["counted"]) < 0.01 and r["kl"] != before["kl"]
-    table = compare.refitted_table(rows)
+    table = report.refitted_table(rows)
     assert len(table) == 3 * 10 and all(x == 1 for x in table[0]["ratio"])

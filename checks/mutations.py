@@ -37,6 +37,7 @@ TESTS = {
     "train.py": ["test_train.py"],
     "baselines.py": ["test_compare.py", "test_opponents.py"],
     "compare.py": ["test_compare.py"],
+    "report.py": ["test_compare.py", "test_plot.py"],
     "script.py": ["test_script.py"],
 }
 OPPOSITE = {
