@@ -1,23 +1,28 @@
 """
-What UniCuCo is compared with: uniform, OWL, EvoPress, a Gaussian process for each request; and
-SparseGPT, what the refit is compared with.
+What UniCuCo is compared with: uniform, OWL, DLP, one global threshold, EvoPress, dynamic
+programming, a Gaussian process for each request; and SparseGPT, what the refit is compared with.
 
-Source    OWL (arXiv 2310.05175), EvoPress (arXiv 2410.14649), SparseGPT (arXiv 2301.00774);
-          docstrings say what was left out.
-Reading   after train.py, before compare.py, which needs it. All on the same masks and the same f2.
-Shapes    d blocks; a strategy (d,) is the sparsity of each block.
+Source    OWL (arXiv 2310.05175), DLP (arXiv 2505.23807), EvoPress and the dynamic programming that
+          it is compared with (arXiv 2410.14649), SparseGPT (arXiv 2301.00774); docstrings say what
+          was left out.
+Reading   after train.py, before compare.py, which needs it. All on the same f2; the same masks, but
+          for a global threshold and SparseGPT, which have their own.
+Shapes    d blocks of 7 matrices; a strategy (d,) or (7 d,) is the sparsity of each.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from curvature import output_gradient, pieces_of
 from eval import batches
 from gp import GaussianProcess
 from model import LINEARS
-from prune import activation_norms, wanda
+from prune import activation_norms, parameter_name, wanda
 from refit import GROUPS, gram
 from unicuco import MAX, log_divergence, one_thread, shift_to, to_logits
 
@@ -47,22 +52,31 @@ class Target:
         return self.met_by(uniform(self.blocks, self.sparsity))
 
 
-# ------------------------------------------------------------------------------------------- OWL
+# ---------------------------------------------------------------------------------- OWL and DLP
 @torch.inference_mode()
+def block_scores(model, windows):
+    """The Wanda scores of every block, in one vector for each. The model must be dense."""
+    norms = activation_norms(model, windows)
+    for i, block in enumerate(model.blocks):
+        weights = {name: block.get_submodule(name).weight for name in LINEARS}
+        scores = [wanda(W, norms[parameter_name(i, name)]) for name, W in weights.items()]
+        yield torch.cat([score.flatten() for score in scores])
+
+
 def outlier_shares(model, windows, M=(3, 5, 7, 10)):
     """OWL's layer-wise outlier distribution, {M: (d,)}, in percent: the share of a block's Wanda
-    scores above M times their mean. The model must be dense."""
-    norms = activation_norms(model, windows)
+    scores above M times their mean."""
     shares = {m: [] for m in M}
-    for i, block in enumerate(model.blocks):
-        scores = []
-        for name in LINEARS:
-            x_norm = norms[f"model.layers.{i}.{name}.weight"]
-            scores.append(wanda(block.get_submodule(name).weight, x_norm).flatten())
-        scores = torch.cat(scores)
+    for scores in block_scores(model, windows):
         for m in M:
             shares[m].append(100 * float((scores > m * scores.mean()).float().mean()))
     return {m: torch.tensor(s, dtype=torch.float64) for m, s in shares.items()}
+
+
+def median_scores(model, windows):
+    """DLP's unimportance of each block, (d,): the median of its Wanda scores."""
+    medians = [float(scores.median()) for scores in block_scores(model, windows)]
+    return torch.tensor(medians, dtype=torch.float64)
 
 
 def owl(shares, target, lam=0.08):
@@ -78,6 +92,89 @@ def owl_best(shares, target, f2, lams=(0.04, 0.08, 0.12)):
     """OWL with the M and lambda of lowest f2 on the search text: an evaluation for each pair."""
     candidates = [owl(s, target, lam) for s in shares.values() for lam in lams]
     return min(candidates, key=f2)
+
+
+def dlp(medians, target, alpha=0.15):
+    """DLP: blocks whose scores have a lower median keep more, at most 2 `alpha` apart.
+
+    medians   (d,) of `median_scores`: importance is 1 - median / sum, then scaled to [0, 1]
+    Left out: nothing of the method; the count is then made equal, as for all methods here.
+    """
+    importance = 1 - medians / medians.sum()
+    lowest, highest = importance.min(), importance.max()
+    spread = 2 * alpha * (importance - lowest) / (highest - lowest).clamp(min=1e-12)
+    return target.met_by(target.sparsity - (spread - spread.mean()))
+
+
+# ------------------------------------------------------------------------------ a global threshold
+def with_outputs(model, window):
+    """Forward on one window (T,), for a backward pass: final states (1, T, D), and the outputs
+    (1, T, d_out) of all Linears of the blocks, {parameter name: output}."""
+    outputs = {}
+    hooks = []
+    for i, block in enumerate(model.blocks):
+        for name in LINEARS:
+            keep = partial(kept_output, outputs, parameter_name(i, name))
+            hooks.append(block.get_submodule(name).register_forward_hook(keep))
+    h, rotary = model.embed(window[None]).requires_grad_(), model.rotary(len(window))
+    for block in model.blocks:
+        h = block(h, rotary)
+    for hook in hooks:
+        hook.remove()
+    return h, outputs
+
+
+def kept_output(outputs, name, module, inputs, output):
+    outputs[name] = output
+
+
+def gradient_norms(model, windows, seed=0):
+    """||g_i||_2 of every output i of every Linear, {parameter name: (d_out,) float32}: g is the
+    gradient of log p(y), y drawn from the model, in the same passes as those of `read_curves`."""
+    squares = {}
+    generator = torch.Generator().manual_seed(seed)
+    for window in pieces_of(windows, generator).to(model.embed.weight.device):
+        h, outputs = with_outputs(model, window)
+        gradient = output_gradient(model, h, generator)
+        for name, g in zip(outputs, torch.autograd.grad(h, [*outputs.values()], gradient)):
+            squares[name] = squares.get(name, 0) + (g.float() ** 2).sum((0, 1))
+    return {name: square.sqrt() for name, square in squares.items()}
+
+
+class GlobalThreshold:
+    """Masks of one threshold for all weights of the model, where Wanda has one for each row: the
+    lowest |W_ij| ||X_j|| ||g_i|| go, wherever they are. Used like the Pruner that it is made of.
+
+    Holds a float32 score for each weight. A strategy says how many go, not where.
+    """
+
+    def __init__(self, pruner, windows, seed=0):
+        pruner.restore()
+        self.pruner, self.model = pruner, pruner.model
+        x_norms = activation_norms(self.model, windows)
+        g_norms = gradient_norms(self.model, windows, seed)
+        self.scores = {
+            name: wanda(W, x_norms[name]) * g_norms[name][:, None]
+            for names, dense in zip(pruner.names, pruner.dense)
+            for name, W in zip(names, dense)
+        }
+
+    def masks(self, strategy):
+        """{parameter name: bool, True = kept}, as many False as the strategy drops; equal scores
+        fall together."""
+        scores = torch.cat([score.flatten() for score in self.scores.values()])
+        count = round(self.pruner.sparsity(strategy) * len(scores))
+        threshold = scores.kthvalue(count).values if count else -1.0
+        return {name: score > threshold for name, score in self.scores.items()}
+
+    def sparsity(self, strategy):
+        return self.pruner.mask_sparsity(self.masks(strategy))
+
+    def apply(self, strategy):
+        self.pruner.apply_masks(self.masks(strategy))
+
+    def restore(self):
+        self.pruner.restore()
 
 
 # -------------------------------------------------------------------------------------- EvoPress
@@ -107,36 +204,48 @@ def child_of(parent, step, g, groups=None):
     return child
 
 
+def generation_cost(offspring, steps):
+    """Evaluations, in tokens, of one generation of `evopress`: each step reads what the one before
+    left, the last ones are read whole."""
+    cost = 0.0
+    for objective, survivors in steps:
+        cost += offspring / objective.share
+        offspring = survivors
+    return cost + offspring
+
+
 def evopress(
     f2,
-    quick,
+    steps,
     target,
     budget,
     seed=0,
     *,
     snapshots=(),
-    offspring=8,
-    survivors=2,
+    offspring=16,
     step=0.05,
     groups=None,
 ):
     """EvoPress: (1 + lambda) evolution of one request, by KL.
 
-    Selection in two steps on growing token counts: all children of the parent on `quick`, the
-    best few, and the parent, on f2.
-    f2, quick   strategy -> KL on all search tokens, and on 1 / quick.share of them
+    Selection in several steps on growing token counts, then the finalists and the parent on f2: of
+    16 children 4, then 2 with steps of a quarter and a half, 8 evaluations a generation.
+    f2          strategy -> KL on all search tokens
+    steps       [(objective, survivors)], fewest tokens first; an objective is f2 on 1 /
+                objective.share of the tokens, of its survivors the next step chooses
     budget      evaluations of f2, counted in tokens
     groups      None: any two places switch levels; else index tensors of places of equal size
     snapshots   smaller budgets whose best strategy is wanted too
     returns     {budget: (strategy (d,), seconds until then)}
-    Left out: a database of pruned layers (any level costs nothing here), a third selection step.
+    Left out: a database of pruned layers (any level costs nothing here); other tokens for every
+    generation (a parent's KL is then known, not measured again).
     """
     g = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
     parent = target.uniform()
     best = f2(parent)
     spent = 1.0
-    cost = offspring / quick.share + survivors  # of one generation
+    cost = generation_cost(offspring, steps)
     found = {}
     wanted = sorted({*snapshots, budget})
     while wanted:
@@ -144,7 +253,9 @@ def evopress(
             found[wanted.pop(0)] = parent, time.perf_counter() - started
             continue
         children = [target.met_by(child_of(parent, step, g, groups)) for _ in range(offspring)]
-        parent, best = fittest(f2, sorted(children, key=quick)[:survivors], parent, best)
+        for objective, survivors in steps:
+            children = sorted(children, key=objective)[:survivors]
+        parent, best = fittest(f2, children, parent, best)
         spent += cost
     return found
 
@@ -156,6 +267,60 @@ def fittest(f2, children, parent, best):
         if kl < best:
             parent, best = child, kl
     return parent, best
+
+
+# ---------------------------------------------------------------------------- dynamic programming
+LEVELS = 8  # of sparsity at which every matrix is pruned alone
+
+
+def damages_alone(f2, matrix, matrices):
+    """f2 of one matrix at 1 / LEVELS to all of MAX, the others dense: a list, 0 of none first."""
+    damages = [0.0]
+    for level in range(1, LEVELS + 1):
+        strategy = torch.zeros(matrices, dtype=torch.float64)
+        strategy[matrix] = MAX * level / LEVELS
+        damages.append(f2(strategy))
+    return damages
+
+
+def knapsack(damages, units):
+    """The lowest sum of damages for every budget, by dynamic programming, exact.
+
+    damages   (D, L + 1) of matrix m at level l, which takes units[m] * l of the budget
+    returns   sums (budget + 1,), infinite where no levels take just that much; and for each matrix
+              its level (budget + 1,) when it and those before it take so much
+    """
+    budget = (damages.shape[1] - 1) * sum(units)
+    sums = torch.full((budget + 1,), math.inf, dtype=torch.float64)
+    sums[0] = 0
+    choices = []
+    for damage, unit in zip(damages, units):
+        options = torch.full((len(damage), budget + 1), math.inf, dtype=torch.float64)
+        for level, nats in enumerate(damage):
+            options[level, unit * level :] = sums[: budget + 1 - unit * level] + nats
+        sums, choice = options.min(0)
+        choices.append(choice)
+    return sums, choices
+
+
+def dynamic_program(damages, sizes, target):
+    """EvoPress's own baseline: the levels of lowest summed damage, as if damages only added up.
+
+    damages   (D, L + 1) of `damages_alone`, each matrix one row;  sizes: D weights, whole numbers
+    Budgets are in units of the sizes' common divisor, so nothing is rounded but the wanted count:
+    to the nearest that levels reach, then met as by all methods here.
+    """
+    divisor = math.gcd(*sizes)
+    units = [size // divisor for size in sizes]
+    sums, choices = knapsack(damages, units)
+    wanted = target.sparsity / MAX * (len(sums) - 1)
+    distance = (torch.arange(len(sums)) - wanted).abs()
+    left = int(torch.where(sums.isinf(), math.inf, distance).argmin())
+    levels = []
+    for choice, unit in zip(reversed(choices), reversed(units)):
+        levels.insert(0, int(choice[left]))
+        left -= unit * levels[0]
+    return target.met_by(MAX / (damages.shape[1] - 1) * torch.tensor(levels, dtype=torch.float64))
 
 
 # -------------------------------------------------------------------- a GP for one request alone

@@ -2,8 +2,10 @@
 The paper's comparison: many requests, served by UniCuCo or by searches that start anew for each.
 
 Source    the comparison of UniCuCo (arXiv 2505.12216): 64 requests; methods as in baselines.py.
-Reading   8 of 8. Before: baselines.py. Beside it: bench.py (speed), plot.py (figures).
-Rows      one flat row for each seed, method, sparsity and text; every table is a group-by of them.
+Reading   8 of 8. Before: baselines.py. Beside it: report.py (its tables), bench.py (speed), plot.py
+          (figures).
+Rows      one flat row for each seed, method, sparsity and text; every table of report.py is a
+          group-by of them.
 
 Laptop    python compare.py                 (3 minutes; ends with the speed at equal quality)
 Full      python compare.py --model DIR --data c4.jsonl --test wiki.test.raw --budget 104 \\
@@ -12,32 +14,48 @@ Full      python compare.py --model DIR --data c4.jsonl --test wiki.test.raw --b
 
 import argparse
 import hashlib
-import json
 import math
-import statistics
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from baselines import (
+    LEVELS,
+    GlobalThreshold,
     Target,
+    damages_alone,
+    dlp,
+    dynamic_program,
     evopress,
     gp_search,
     groups_of,
+    median_scores,
     outlier_shares,
     owl_best,
     sparsegpt,
     uniform,
 )
 from curvature import cost_in_tokens
-from eval import TASKS, all_prompts, cut, read_rows, standard_error, zero_shot
+from eval import TASKS, all_prompts, cut, read_rows, zero_shot
+from model import LINEARS
 from prune import F2, Pruner, Setting, prepare
 from refit import follow
+from report import (
+    ENDS,
+    METHODS,
+    PERPLEXITIES,
+    QUICK,
+    requests_asked,
+    show_long,
+    show_refitted,
+    show_requests,
+    show_tasks,
+    write_rows,
+)
 from script import (
     Journal,
     Parser,
@@ -47,31 +65,16 @@ from script import (
     at_least,
     choose_device,
     choose_tokens,
-    read_json,
     run,
     sha256,
-    strict,
-    write_text,
 )
 from train import first_tokens, prior_of, sources
-from unicuco import KL_CEILING, SearchSettings, cap_divergence, search, strategy_for
+from unicuco import KL_CEILING, MAX, SearchSettings, cap_divergence, search, strategy_for
 
-QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)  # requests that a baseline is measured on, unless --full
-ENDS = (0.2, 0.75)  # what costs no search is measured there too
+SURVIVORS = (4, 2)  # of EvoPress's children, after a quarter and after a half of the tokens
+LEAST = 9  # evaluations of EvoPress: uniform pruning and one generation
 HARD = (0.5, 0.6)  # requests whose strategies are read a whole text and asked zero-shot tasks
 LONG = 65536  # tokens of that text that they are read for seeds after the first
-PERPLEXITIES = (0.5, 0.6, 0.7)
-METHODS = {
-    "owl": "OWL, best of 12",
-    "unicuco": "UniCuCo",
-    "constant": "UniCuCo, constant mean",
-    "gp": "GP per request",
-    "evopress": "EvoPress",
-    "matrices": "matrix EvoPress",
-    "magnitude": "magnitude, uniform",
-}
-# what 64 requests cost no more searches than one
-SHARED = ("uniform", METHODS["unicuco"], METHODS["constant"], METHODS["magnitude"])
 
 
 # ------------------------------------------------------------------------------------- searching
@@ -93,7 +96,7 @@ class Run:
     """One seed of a comparison: its model, ranks and texts, and where what it finds is kept.
 
     args          of the command line, with this seed
-    f2, quick     the objective on all search tokens, and on about a quarter of them
+    f2, quick     the objective on all search tokens; [on about a quarter, on half of them]
     calibration   seconds of ranking and of the dense passes, which every method needs
     """
 
@@ -102,7 +105,7 @@ class Run:
     setting: Setting
     pruner: Pruner
     f2: Counter
-    quick: Counter
+    quick: list[Counter]
     calibration: float
 
     def target(self, sparsity):
@@ -113,17 +116,23 @@ class Run:
         outputs = len(self.pruner.live) * len(self.pruner.d_in)
         return Target(sparsity, outputs, self.pruner.sparsity)
 
+    def steps(self):
+        """EvoPress's selection before f2: none, if there is but one window."""
+        return list(zip(self.quick, SURVIVORS[-len(self.quick) :]))
+
     def evaluations(self):
         """Of f2 so far, in units of all search tokens."""
-        return (self.f2.tokens_spent + self.quick.tokens_spent) / self.f2.windows.numel()
+        tokens = sum(objective.tokens_spent for objective in (self.f2, *self.quick))
+        return tokens / self.f2.windows.numel()
 
 
 def start(args, journal, device, dtype):
     """Load the model, rank it and record what it says while dense: a Run."""
     setting = prepare(args, device, dtype, args.tokens)
-    few = setting.search[: max(1, len(setting.search) // 4)]
+    windows = len(setting.search)
+    parts = sorted({max(1, windows // 4), max(1, windows // 2)} - {windows})
     bar = tqdm(
-        total=total_evaluations(args),
+        total=total_evaluations(args, len(setting.model.blocks) * len(LINEARS)),
         desc=f"seed {args.seed}, evaluations of f2",
         bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]",
         disable=None,
@@ -131,18 +140,19 @@ def start(args, journal, device, dtype):
     started = time.perf_counter()
     pruner = Pruner(setting.model, setting.calibration)
     f2 = Counter(pruner, setting.search, bar)
-    quick = Counter(pruner, few, bar, setting.search.numel() / few.numel())
+    quick = [Counter(pruner, setting.search[:n], bar, windows / n) for n in parts]
     seconds = journal(f"{args.seed} calibration", lambda: time.perf_counter() - started)
     return Run(args, journal, setting, pruner, f2, quick, seconds)
 
 
-def total_evaluations(args):
+def total_evaluations(args, matrices):
     """Of f2, that the methods of a run will ask for."""
     costs = {"owl": 12, "gp": args.budget // 2, "evopress": args.budget}
     costs["matrices"] = args.budget
     each = sum(costs.get(name, 0) for name in args.methods)
     searches = len({"unicuco", "constant"} & set(args.methods))
-    return each * len(args.served) + (args.initial + 4 * args.rounds) * searches
+    alone = matrices * LEVELS / 4 if "dynamic" in args.methods else 0
+    return each * len(args.served) + (args.initial + 4 * args.rounds) * searches + alone
 
 
 def timed(run, find, sparsity):
@@ -176,24 +186,64 @@ def answer(run, method, sparsity, found, shared=None):
     }
 
 
-def each(run, method, find, requests):
-    """Answers of a method that starts anew for each request: find(sparsity) -> strategy."""
+def each(run, method, find, requests, shared=None):
+    """Answers of a method that starts anew for each request: find(sparsity) -> strategy; shared: as
+    of `answer`."""
     answers = []
     for s in requests:
         found = run.journal(f"{run.args.seed} {method} {s}", partial(timed, run, find, s))
-        answers.append(answer(run, method, s, found))
+        answers.append(answer(run, method, s, found, shared))
     return answers
 
 
+def and_ends(run):
+    return sorted({*run.args.served, *ENDS})
+
+
 def by_uniform(run, method):
-    find = partial(uniform, len(run.pruner.live))
-    return each(run, method, find, sorted({*run.args.served, *ENDS}))
+    return each(run, method, partial(uniform, len(run.pruner.live)), and_ends(run))
 
 
 def by_owl(run, method):
     run.pruner.restore()
     shares = outlier_shares(run.setting.model, run.setting.calibration)
     return each(run, method, lambda s: owl_best(shares, run.target(s), run.f2), run.args.served)
+
+
+def by_dlp(run, method):
+    run.pruner.restore()
+    medians = median_scores(run.setting.model, run.setting.calibration)
+    return each(run, method, lambda s: dlp(medians, run.target(s)), and_ends(run))
+
+
+def by_dynamic(run, method):
+    """The damages of single matrices once, on the fewest tokens; a knapsack for each request."""
+    sizes = (run.pruner.d_in * run.pruner.d_out).int().tolist() * len(run.pruner.live)
+    measured = [
+        run.journal(
+            f"{run.args.seed} {method}, matrix {m} alone", partial(alone, run, m, len(sizes))
+        )
+        for m in range(len(sizes))
+    ]
+    shared = {key: sum(found[key] for found in measured) for key in ("seconds", "evaluations")}
+    damages = torch.tensor([found["damages"] for found in measured], dtype=torch.float64)
+
+    def find(s):
+        return dynamic_program(damages, sizes, run.matrix_target(s))
+
+    return each(run, method, find, and_ends(run), shared)
+
+
+def alone(run, matrix, matrices):
+    """Damages of one matrix, and what measuring them cost."""
+    started = time.perf_counter()
+    before = run.evaluations()
+    damages = damages_alone([*run.quick, run.f2][0], matrix, matrices)
+    return {
+        "damages": damages,
+        "seconds": time.perf_counter() - started,
+        "evaluations": run.evaluations() - before,
+    }
 
 
 def by_gp(run, method):
@@ -206,7 +256,7 @@ def by_gp(run, method):
 def by_evopress(run, method, matrices=False):
     """One evolution for each request; its smaller budgets are snapshots, methods of their own."""
     whole = run.args.budget
-    budgets = sorted({whole // 8, whole // 4, whole // 2, whole} - {0})
+    budgets = halved(whole)
     found = {}
     for s in run.args.served:
         key = f"{run.args.seed} {method} {s}"
@@ -218,6 +268,14 @@ def by_evopress(run, method, matrices=False):
     ]
 
 
+def halved(budget):
+    """`budget`, its half, its quarter and so on down to LEAST, smallest first."""
+    budgets = [budget]
+    while budgets[0] // 2 >= LEAST:
+        budgets.insert(0, budgets[0] // 2)
+    return budgets
+
+
 def evolved(run, sparsity, budgets, matrices):
     """{budget: as `timed`} of one evolution, over blocks or over matrices."""
     target, groups = run.target(sparsity), None
@@ -226,7 +284,7 @@ def evolved(run, sparsity, budgets, matrices):
         groups = groups_of(run.pruner.d_in * run.pruner.d_out, len(run.pruner.live))
     found = evopress(
         run.f2,
-        run.quick,
+        run.steps(),
         target,
         budgets[-1],
         run.args.seed,
@@ -263,7 +321,7 @@ def learned(run, mean):
         "evaluations": run.evaluations() - before + read,
         "strategies": {},
     }
-    for s in sorted({*run.args.served, *ENDS}):
+    for s in and_ends(run):
         find = partial(strategy_for, net, counted_sparsity=run.pruner.sparsity)
         made["strategies"][str(s)] = timed(run, find, s)
     return made
@@ -276,11 +334,41 @@ SEARCHES = {
     "gp": by_gp,
     "evopress": by_evopress,
     "matrices": partial(by_evopress, matrices=True),
+    "dlp": by_dlp,
+    "dynamic": by_dynamic,
 }
 
 
+def by_magnitude(run):
+    """The Pruner of magnitude's masks: its ranking takes what that of Wanda's took."""
+    return Pruner(run.setting.model, run.setting.calibration, "magnitude"), 0.0, 0.0
+
+
+def by_threshold(run):
+    """The masks of a global threshold; the seconds and evaluations of its backward passes."""
+    started = time.perf_counter()
+    windows = run.setting.calibration
+    masks = GlobalThreshold(run.pruner, windows, run.args.seed)
+    evaluations = cost_in_tokens(windows) / run.f2.windows.numel()
+    key = f"{run.args.seed} {METHODS['global']}, scores"
+    return masks, run.journal(key, lambda: time.perf_counter() - started), evaluations
+
+
+OWN_MASKS = {"magnitude": by_magnitude, "global": by_threshold}
+
+
+def own_masks(run, name, answers):
+    """A method that has masks of its own, where uniform pruning has a count: what applies them, and
+    its answers, from those of uniform."""
+    run.pruner.restore()
+    masks, seconds, evaluations = OWN_MASKS[name](run)
+    shared = {"seconds": seconds, "evaluations": evaluations}
+    mine = [a for a in answers if a["method"] == "uniform"]
+    return masks, [answer(run, METHODS[name], a["sparsity"], a, shared) for a in mine]
+
+
 def find_all(run):
-    """Answers of uniform and of the methods asked for, but magnitude: it searches nothing."""
+    """Answers of uniform and of the methods asked for, but of OWN_MASKS: they search nothing."""
     answers = by_uniform(run, "uniform")
     for name in run.args.methods:
         if name in SEARCHES:
@@ -343,9 +431,11 @@ def name_of(answer):
 
 
 # ---------------------------------------------------------------------------------------- refitted
-def refitted_all(run, answers, texts):
+def refitted_all(run, answers, texts, owned):
     """Rows of the last answers of every method at PERPLEXITIES, survivors refitted; and SparseGPT
     with Wanda's masks and with its own. All on the same calibration windows and texts.
+
+    owned     {method: what has its masks}, for those that have their own
     """
     run.pruner.restore()
     readers = {text: Reader(run.pruner, windows) for text, windows in texts.items()}
@@ -358,7 +448,7 @@ def refitted_all(run, answers, texts):
     asked += [a | {"method": m} for a in asked if a["method"] == "uniform" for m in SPARSEGPT]
     rows = []
     for a in tqdm(asked, desc=f"seed {run.args.seed}, refitted", disable=None):
-        found = run.journal(f"{name_of(a)}, refitted", partial(refitted, run, a, readers))
+        found = run.journal(f"{name_of(a)}, refitted", partial(refitted, run, a, readers, owned))
         rows += [row("refitted", a, text, more) for text, more in found.items()]
     run.pruner.restore()
     return rows
@@ -367,10 +457,11 @@ def refitted_all(run, answers, texts):
 SPARSEGPT = ("SparseGPT, Wanda's masks", "SparseGPT, its masks")
 
 
-def refitted(run, answer, readers):
+def refitted(run, answer, readers, owned):
     """{text: tokens, counted sparsity, KL and perplexity} of one answer after its refit."""
     pruner, windows = run.pruner, run.setting.calibration
-    masks, started = pruner.masks(answer["strategy"]), time.perf_counter()
+    masks = owned.get(answer["method"], pruner).masks(answer["strategy"])
+    started = time.perf_counter()
     if answer["method"] in SPARSEGPT:
         own = answer["method"] == SPARSEGPT[1]
         sparsegpt(pruner, windows, answer["sparsity"], None if own else masks)
@@ -446,355 +537,27 @@ def one_seed(args, seed, journal, device, dtype):
         rows += ask_all(run, hard(answers)) if first else []
     texts = first_tokens(run.setting.held_out, args.test_tokens)
     rows += read_all(run, answers, run.pruner, texts, "requests")
+    owned = {}
+    for name in [name for name in args.methods if name in OWN_MASKS]:
+        masks, mine = own_masks(run, name, answers)
+        rows += read_all(run, mine, masks, texts, "requests")
+        owned[METHODS[name]] = masks
+        answers += mine
     if args.refit:
-        rows += refitted_all(run, answers, texts)
-    if "magnitude" in args.methods:
-        by_magnitude = Pruner(run.setting.model, run.setting.calibration, "magnitude")
-        method = {"method": METHODS["magnitude"]}
-        answers = [a | method for a in answers if a["method"] == "uniform"]
-        rows += read_all(run, answers, by_magnitude, texts, "requests")
+        rows += refitted_all(run, answers, texts, owned)
     return rows
 
 
-# ---------------------------------------------------------------------------------------- tables
-def grouped(rows, *keys):
-    """{value of the keys: rows that have it}, in the order of the rows; several keys: a tuple."""
-    groups = {}
-    for r in rows:
-        values = tuple(r[key] for key in keys)
-        groups.setdefault(values if len(keys) > 1 else values[0], []).append(r)
-    return groups
-
-
-def with_ratios(rows, table):
-    """The rows of one table, pruned models alone, each with its KL over that of uniform in the
-    same seed, on the same text, at the same sparsity."""
-    rows = [r for r in rows if r["table"] == table and r["method"] != "dense"]
-    same = ("seed", "text", "sparsity")
-    base = {tuple(r[k] for k in same): r["kl"] for r in rows if r["method"] == "uniform"}
-    return [r | {"ratio": r["kl"] / base[tuple(r[k] for k in same)]} for r in rows]
-
-
-def spread(values):
-    """Standard deviation over seeds; None of a single one."""
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def extrapolates(served):
-    """Without --full only QUICK is served, and what one request cost is multiplied."""
-    return list(served) == list(QUICK)
-
-
-def requests_table(rows, inputs):
-    """A row for each method, over all seeds and texts: what `inputs["requests"]` requests cost,
-    of which `inputs["served"]` were measured, and how good the answers are."""
-    methods = grouped(with_ratios(rows, "requests"), "method")
-    return [
-        {"method": method, **costs(mine, inputs), **quality(mine, inputs["served"])}
-        for method, mine in methods.items()
-    ]
-
-
-def costs(rows, inputs):
-    """Evaluations, search tokens and seconds of one method for all requests."""
-    rows = [r for r in rows if r["text"] == rows[0]["text"]]  # the same search for every text
-    seeds = [of_seed[0] for of_seed in grouped(rows, "seed").values()]
-    requests = inputs["requests"]
-    evaluations = (
-        statistics.mean(r["shared_evaluations"] for r in seeds)
-        + statistics.mean(r["evaluations"] for r in rows) * requests
-    )
-    # when seconds are extrapolated, a search that other work disturbed must not be multiplied
-    extrapolated = extrapolates(inputs["served"])
-    typical = statistics.median if extrapolated else statistics.mean
-    shared = typical(r["shared_seconds"] for r in seeds)
-    each = typical(r["seconds"] for r in rows)
-    return {
-        "evaluations": evaluations,
-        "tokens": round(evaluations * inputs["tokens"]),
-        "seconds": shared + each * requests,
-        "seconds_shared": shared,
-        "seconds_per_request": each,
-        "extrapolated": extrapolated and rows[0]["method"] not in SHARED,
-    }
-
-
-def quality(rows, served):
-    """KL ratios to uniform and perplexities of one method, {text: ...} each.
-
-    ratio, spread   mean and deviation over `each_seed`, the geometric means over `served`
-    at, worst       {sparsity: geometric mean over seeds}; the largest single ratio
-    perplexity      {sparsity: mean over seeds}
-    """
-    columns = ("ratio", "spread", "each_seed", "at", "worst", "perplexity")
-    result = {column: {} for column in columns}
-    for text, mine in grouped(rows, "text").items():
-        asked = [r for r in mine if r["sparsity"] in served]
-        each_seed = [geometric_mean(of_seed) for of_seed in grouped(asked, "seed").values()]
-        by_sparsity = grouped(mine, "sparsity")
-        values = (
-            statistics.mean(each_seed),
-            spread(each_seed),
-            each_seed,
-            {s: geometric_mean(group) for s, group in by_sparsity.items()},
-            max(r["ratio"] for r in mine),
-            {s: statistics.mean(r["ppl"] for r in by_sparsity[s]) for s in PERPLEXITIES},
-        )
-        for column, value in zip(columns, values):
-            result[column][text] = value
-    return result
-
-
-def geometric_mean(rows):
-    return statistics.geometric_mean(r["ratio"] for r in rows)
-
-
-def long_table(rows):
-    """A row for each method and sparsity: lists over seeds of "tokens", "kl", "ppl"; "ratio", KL
-    over uniform's, its mean over seeds; "spread" and "each_seed" as in `requests_table`."""
-    table = []
-    for (method, s), mine in grouped(with_ratios(rows, "long"), "method", "sparsity").items():
-        ratios = [r["ratio"] for r in mine]
-        text = mine[0]["text"]
-        lists = {key: [r[key] for r in mine] for key in ("tokens", "kl", "ppl")}
-        table.append(
-            {
-                "method": method,
-                "sparsity": s,
-                "text": text,
-                **lists,
-                "ratio": statistics.mean(ratios),
-                "spread": spread(ratios),
-                "each_seed": {text: ratios},
-            }
-        )
-    return table
-
-
-def tasks_table(rows):
-    """A row for each model, the dense one first: accuracies in percent, {task: acc}, "average",
-    "lost": the dense model's average minus this one, "error": its standard error, paired by
-    document; "documents" of each task."""
-    models = grouped([r for r in rows if r["table"] == "tasks"], "method", "sparsity")
-    right = {
-        model: {r["text"]: np.array(list(r["right"]), int) for r in mine}
-        for model, mine in models.items()
-    }
-    table = []
-    for (method, s), mine in models.items():
-        # by the same documents, of the dense model's
-        lost = [right["dense", 0.0][t] - own for t, own in right[method, s].items()]
-        errors = sum(standard_error(x) ** 2 for x in lost)
-        table.append(
-            {
-                "method": method,
-                "sparsity": s,
-                "documents": {r["text"]: r["documents"] for r in mine},
-                **{r["text"]: 100 * r["acc"] for r in mine},
-                "average": 100 * statistics.mean(r["acc"] for r in mine),
-                "lost": 100 * statistics.mean(float(x.mean()) for x in lost),
-                "error": 100 * math.sqrt(errors) / len(lost),
-            }
-        )
-    return table
-
-
-def compared(ours, theirs):
-    """One sentence: `ours` over `theirs`, rows of a table, paired by seed, geometric mean over the
-    texts; within the spread of the seeds it is a tie."""
-    texts = ours["each_seed"]
-    by_seed = zip(*(np.divide(texts[t], theirs["each_seed"][t]) for t in texts))
-    ratios = [statistics.geometric_mean(per_text) for per_text in by_seed]
-    mean = statistics.mean(ratios)
-    verdict = "one seed says nothing about its spread"
-    if len(ratios) > 1:
-        wide = statistics.stdev(ratios)
-        word = "a tie" if abs(mean - 1) <= wide else "ahead" if mean < 1 else "behind"
-        verdict = f"± {wide:.3f} over {len(ratios)} seeds: {word}"
-    return f"{ours['method']}'s KL over that of {theirs['method']}: {mean:.3f}, {verdict}."
-
-
-# -------------------------------------------------------------------------------------- printing
-def show_requests(rows, inputs):
-    """Print what the requests cost and how good the answers are, then what follows from it."""
-    table = requests_table(rows, inputs)
-    seeds = len(grouped(rows, "seed"))
-    said = "All were served and measured, and 0.3 to 0.7 beside them."
-    if extrapolates(inputs["served"]):
-        said = (
-            f"{len(inputs['served'])} sparsities were measured per method; (*) extrapolated:"
-            f" seconds and evaluations per request, times {inputs['requests']}."
-        )
-    several = "s" if seeds > 1 else ""
-    print(f"\n{inputs['requests']} requests from 0.2 to 0.75, {seeds} seed{several}. {said}")
-    for text, mine in grouped([r for r in rows if r["table"] == "requests"], "text").items():
-        show_text(table, text, mine[0]["tokens"], inputs["served"])
-    ours = [r for r in table if r["method"] == METHODS["unicuco"]]
-    theirs = [r for r in table if r["method"].startswith("EvoPress")]
-    if ours and theirs:
-        print("\n" + compared(ours[0], theirs[-1]))
-        show_speed(ours[0], theirs, inputs["requests"])
-
-
-def show_text(table, text, tokens, served):
-    at = ", ".join(map(str, PERPLEXITIES))
-    print(
-        f"\n{text}, {tokens} tokens that no choice ever saw; KL as a ratio to uniform's at equal"
-        f" counted sparsity, geometric mean over {served[0]:g} to {served[-1]:g}\n"
-        f"{'method':<24} {'evaluations':>11} {'seconds':>10} {'shared':>8} {'each':>8}"
-        f"   KL ratio  ± seeds   worst   perplexity at {at}"
-    )
-    for r in table:
-        star = "*" if r["extrapolated"] else " "
-        wide = "-" if r["spread"][text] is None else f"{r['spread'][text]:.3f}"
-        print(
-            f"{r['method']:<24} {r['evaluations']:>10.0f}{star} {r['seconds']:>9.1f}{star}"
-            f" {r['seconds_shared']:8.1f} {r['seconds_per_request']:8.2f}"
-            f"   {r['ratio'][text]:8.3f}  {wide:>7} {r['worst'][text]:7.3f}   "
-            + "  ".join(f"{p:8.2f}" for p in r["perplexity"][text].values())
-        )
-    asked = sorted({s for r in table for s in r["at"][text]})
-    if len(asked) <= len(QUICK) + len(ENDS):
-        print("\nKL ratio to uniform at " + "".join(f"{s:8g}" for s in asked))
-        for r in table[1:]:
-            at = r["at"][text]
-            cells = (f"{at[s]:8.3f}" if s in at else "       -" for s in asked)
-            print(f"{r['method']:<23}" + "".join(cells))
-
-
-def refitted_table(rows):
-    """A row for each method and sparsity of the refitted models: KL over refitted uniform's and
-    over uniform's without refit, lists over seeds and texts; perplexities.
-    """
-    same = ("seed", "text", "sparsity")
-    bare = [r for r in rows if r["table"] == "requests" and r["method"] == "uniform"]
-    bare = {tuple(r[k] for k in same): r["kl"] for r in bare}
-    table = []
-    for key, mine in grouped(with_ratios(rows, "refitted"), "method", "sparsity").items():
-        below = [r["kl"] / bare[tuple(r[k] for k in same)] for r in mine]
-        table.append(
-            {
-                "method": key[0],
-                "sparsity": key[1],
-                "ratio": [r["ratio"] for r in mine],
-                "of_bare_uniform": below,
-                "kl": [r["kl"] for r in mine],
-                "ppl": [r["ppl"] for r in mine],
-            }
-        )
-    return table
-
-
-def show_refitted(rows):
-    """Print what is left of every method's gain when all survivors are refitted."""
-    print(
-        "\nSurvivors refitted, all methods alike; KL over that of refitted uniform, and over that"
-        f" of uniform as pruned\n{'method':<32} sparsity   refitted    as pruned   perplexity"
-    )
-    for r in refitted_table(rows):
-        means = [statistics.mean(r[key]) for key in ("ratio", "of_bare_uniform", "ppl")]
-        print(
-            f"{r['method']:<32} {r['sparsity']:8.2f} {means[0]:10.3f} {means[1]:12.3f}"
-            f" {means[2]:12.2f}"
-        )
-
-
-def show_speed(ours, theirs, requests):
-    """Print how many times faster UniCuCo is than EvoPress at its budget, and at equal quality.
-
-    theirs   rows of EvoPress, smallest budget first
-    """
-    best = theirs[-1]
-    factor = best["seconds"] / ours["seconds"]
-    print(
-        f"UniCuCo serves {requests} requests {factor:.0f} times faster than {best['method']}"
-        " (follows from the budgets)."
-    )
-    quality = statistics.geometric_mean(ours["ratio"].values())
-    qualities = [statistics.geometric_mean(r["ratio"].values()) for r in theirs]
-    for r, reached in zip(theirs, qualities):
-        if reached <= quality:
-            print(
-                f"At equal quality, against {r['method']} (KL ratio {reached:.3f}, UniCuCo"
-                f" {quality:.3f}): {r['seconds'] / ours['seconds']:.1f} times faster."
-            )
-            return
-    print(
-        f"At equal quality: no EvoPress budget up to {best['method'].split()[1]} reaches UniCuCo's"
-        f" KL ratio of {quality:.3f} (its best: {min(qualities):.3f}), so more than {factor:.0f}"
-        " times faster."
-    )
-
-
-def show_tasks(rows):
-    """Print accuracies in percent, their average, and how far it lies below the dense model's,
-    with a standard error; KL and perplexity of the same models beside them."""
-    table = tasks_table(rows)
-    long = grouped([r for r in rows if r["table"] == "long"], "method", "sparsity")
-    first = long["dense", 0.0][0]
-    documents = ", ".join(str(count) for count in table[0]["documents"].values())
-    print(
-        f"\n{first['text']}, {first['tokens']} tokens;"
-        f" zero-shot accuracy in %, {documents} documents\n"
-        f"{'method':<24} sparsity       KL  perplexity   "
-        + "".join(f"{task:>14}" for task in TASKS)
-        + "   average   below dense"
-    )
-    for r in table:
-        read = long[r["method"], r["sparsity"]][0]
-        print(
-            f"{r['method']:<24} {r['sparsity']:8.2f} {read['kl']:8.4f} {read['ppl']:11.3f}   "
-            + "".join(f"{r[task]:14.1f}" for task in TASKS)
-            + f"{r['average']:10.1f}   {r['lost']:.1f} ± {r['error']:.1f}"
-        )
-
-
-def show_long(rows):
-    """Print KL ratios to uniform over seeds, every seed's perplexity, and UniCuCo beside EvoPress
-    at each sparsity."""
-    table = long_table(rows)
-    tokens = ", ".join(map(str, table[0]["tokens"]))
-    print(
-        f"\n{table[0]['text']}, {tokens} tokens of seeds {', '.join(seeds_of(rows))};"
-        " KL as a ratio to uniform's\n"
-        f"{'method':<24} sparsity  KL ratio  ± seeds   perplexity of each seed"
-    )
-    for r in table:
-        wide = "-" if r["spread"] is None else f"{r['spread']:.3f}"
-        perplexities = "  ".join(f"{x:8.2f}" for x in r["ppl"])
-        print(
-            f"{r['method']:<24} {r['sparsity']:8.2f}  {r['ratio']:8.3f}  {wide:>7}   {perplexities}"
-        )
-    for s, mine in grouped(table, "sparsity").items():
-        ours = [r for r in mine if r["method"] == METHODS["unicuco"]]
-        theirs = [r for r in mine if r["method"].startswith("EvoPress")]
-        if ours and theirs:
-            print(f"At {s}: {compared(ours[0], theirs[-1])}")
-
-
-def seeds_of(rows):
-    return [str(seed) for seed in grouped(rows, "seed")]
-
-
 # --------------------------------------------------------------------------------- command line
-def write_rows(path, inputs, rows):
-    """{"inputs": {...}, "rows": [...]}, one row a line."""
-    lines = ",\n".join(json.dumps(strict(r)) for r in rows)
-    write_text(path, f'{{"inputs": {json.dumps(strict(inputs))},\n"rows": [\n{lines}\n]}}\n')
-
-
-def read_comparison(path):
-    """(inputs, rows) of a file of `write_rows`."""
-    content = read_json(path)
-    if not {"inputs", "rows"} <= content.keys():
-        raise Refused(f"{path} holds no comparison: python compare.py writes one")
-    return content["inputs"], content["rows"]
-
-
-def requests_asked(count):
-    """`count` sparsities from 0.2 to 0.75, and QUICK beside them."""
-    steps = (round(0.2 + 0.55 * i / max(count - 1, 1), 4) for i in range(count))
-    return sorted({*QUICK, *steps})
+def served(args):
+    """The sparsities that a command line asks to serve and to measure, ascending."""
+    if args.full and args.served:
+        raise Refused("--full serves every request: it does not go with --served")
+    if not all(0.05 <= s <= MAX for s in args.served or ()):  # below, uniform's KL may be 0
+        raise Refused(f"--served takes sparsities from 0.05 to {MAX}")
+    if args.tasks and args.served and not {*HARD} & {*args.served}:
+        raise Refused("--tasks asks what is served at 0.5 and 0.6: --served has neither")
+    return requests_asked(args.requests) if args.full else sorted({*(args.served or QUICK)})
 
 
 def arguments():
@@ -812,6 +575,8 @@ def arguments():
     number = {"type": int, "metavar": "N"}
     parser.add_argument("--requests", **number, default=64, help="how many are asked")
     parser.add_argument("--seeds", **number, default=1, help="how many seeds, from --seed on")
+    some = "serve and measure these sparsities alone; default: 0.3 to 0.7"
+    parser.add_argument("--served", type=float, nargs="+", metavar="S", help=some)
     full = "serve and measure every request, by every method"
     parser.add_argument("--full", action="store_true", help=full)
     refit = "also refit the survivors of every method's answers, and SparseGPT's update"
@@ -829,10 +594,10 @@ def arguments():
     args = parser.parse_args()
     at_least(args, 1, "requests", "seeds", "tokens", "calibration", "test_tokens")
     at_least(args, 1, "initial", "rounds", "limit")
-    at_least(args, 8, "budget")
+    at_least(args, LEAST, "budget")
     for task in TASKS if args.tasks else ():  # before hours of searching, not after
         all_prompts(task, read_rows(args.tasks, task, args.limit))
-    args.served = requests_asked(args.requests) if args.full else list(QUICK)
+    args.served = served(args)
     args.out = args.out or Path("out") / args.model.resolve().name
     return args
 

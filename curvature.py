@@ -92,19 +92,24 @@ def add_pass(pruner, window, generator, table):
         table[i] += torch.stack(damage).cpu() / (2 * len(window))
 
 
+def pieces_of(windows, generator, passes=PASSES, tokens=PASS_TOKENS):
+    """(passes, tokens) of windows (n, T), drawn without replacement; fewer of a short text."""
+    pieces = windows.flatten()
+    tokens = min(tokens, len(pieces))
+    pieces = pieces[: len(pieces) // tokens * tokens].view(-1, tokens)
+    return pieces[torch.randperm(len(pieces), generator=generator)[:passes]]
+
+
 def damage_table(pruner, windows, passes=PASSES, tokens=PASS_TOKENS, seed=0):
     """c_m at the levels 1 / LEVELS to 1, (d, 7, LEVELS) float64 in nats per token, of the dense
     model on some of windows (n, T).
     """
     pruner.restore()
-    pieces = windows.flatten()
-    tokens = min(tokens, len(pieces))
-    pieces = pieces[: len(pieces) // tokens * tokens].view(-1, tokens)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(pieces), generator=generator)[:passes]
+    chosen = pieces_of(windows, generator, passes, tokens)
     table = torch.zeros(len(pruner.live), len(LINEARS), LEVELS, dtype=torch.float64)
     device = pruner.model.embed.weight.device
-    for window in tqdm(pieces[chosen].to(device), desc="curvature", disable=None, leave=False):
+    for window in tqdm(chosen.to(device), desc="curvature", disable=None, leave=False):
         add_pass(pruner, window, generator, table)
     return table / len(chosen)
 

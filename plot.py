@@ -1,12 +1,13 @@
 """
 Figures of a run of train.py: a strategy matrix by matrix, the front, predicted against measured;
-and the tables of both pages.
+of compare.py: KL against evaluations; and the tables of both pages.
 
 Reading   beside compare.py, after train.py. Nothing is computed here but StratNet's own curve.
 Laptop    python plot.py                     (5 s; reads out/tiny, writes PNG and SVG into
           out/tiny/figures)
           python plot.py --tables            (2 s; rewrites the tables of README.md and RESULTS.md
           from results/)
+          python plot.py --comparison out/tiny/compare.json --out results/figures
 Full      python plot.py --run out/SmolLM2-135M --out results/figures
 """
 
@@ -18,7 +19,9 @@ import torch
 
 import tables
 from model import LINEARS
+from report import METHODS, grouped, read_comparison, requests_table
 from script import Parser, Refused, replacing, run
+from tables import TEXTS
 from unicuco import MAX, Trained, load_stratnet, strategy_for
 
 # Okabe and Ito's colours, told apart by colour-blind readers too
@@ -73,6 +76,18 @@ def read_rows(path, fields):
     if not right or not rows:
         raise Refused(f"{path} holds no rows of train.py: python train.py writes them")
     return rows
+
+
+def read_table(path):
+    """The table of requests of a file of compare.py, and how many they are."""
+    inputs, rows = read_comparison(path)
+    try:
+        table = requests_table(rows, inputs)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        table = []
+    if not table:
+        raise Refused(f"{path} holds no rows of compare.py: python compare.py writes them")
+    return table, inputs["requests"]
 
 
 # ------------------------------------------------------------------------------------- figures
@@ -146,6 +161,64 @@ def prediction(figure, made):
     figure.colorbar(points, ax=axes, label="round")
 
 
+# every method has a marker of its own in all figures; those without a colour are grey
+COLOURS = {
+    "uniform": ORANGE,
+    METHODS["unicuco"]: GREEN,
+    METHODS["evopress"]: BLUE,
+    METHODS["matrices"]: "#56B4E9",
+}
+MARKERS = dict(zip(["uniform", *METHODS.values()], "sD^vPoX<>ph"))
+
+
+def evaluations(figure, made):
+    """KL over uniform's against evaluations of f2 for all requests, a panel for each text: a marker
+    for each method, a curve of them for the budgets of an evolution.
+    """
+    table, requests = made
+    methods = grouped([r | {"family": family(r["method"])} for r in table], "family")
+    texts = list(table[0]["ratio"])
+    spent = [r["evaluations"] for r in table if r["evaluations"]] or [1.0]
+    none = min(spent) / 4  # where 0 is drawn
+    panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+    for axes, text in zip(panels, texts):
+        for method, mine in methods.items():
+            draw_method(axes, method, mine, text, none)
+        axes.set(xscale="log", yscale="log", xlim=(none / 1.6, max(spent) * 1.6))
+        label_ticks(axes, none, max(spent))
+        axes.set_title(TEXTS.get(text, text), loc="left")
+        axes.set_xlabel(f"evaluations of f2 for {requests} requests")
+    panels[0].set_ylabel("KL over that of uniform pruning")
+    labels = panels[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+
+
+def family(method):
+    """The method without its budget: "EvoPress" of "EvoPress, 104 each"."""
+    return method.split(",")[0] if method.endswith(" each") else method
+
+
+def draw_method(axes, method, rows, text, none):
+    """The points of one method, rows of a table; bars: over seeds, where there are several."""
+    x = [r["evaluations"] or none for r in rows]
+    y, wide = [r["ratio"][text] for r in rows], [r["spread"][text] or 0 for r in rows]
+    line = "-" if len(rows) > 1 else ""
+    style = {"color": COLOURS.get(method, GREY), "lw": 1, "ms": 6, "label": method}
+    style |= {"elinewidth": 1 if any(wide) else 0, "zorder": 3 if method in COLOURS else 2}
+    axes.errorbar(x, y, wide, fmt=MARKERS.get(method, "*") + line, **style)
+
+
+def label_ticks(axes, none, most):
+    """Plain numbers on both log axes, and 0 where it is drawn."""
+    from matplotlib.ticker import MaxNLocator  # not installed everywhere: see `library`
+
+    decades = [10**k for k in range(10) if 1.5 * none < 10**k <= 1.6 * most]
+    axes.set_xticks([none, *decades], ["0", *(f"{x:,}" for x in decades)])
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
 def library():
     """matplotlib, without a screen, in this project's style."""
     try:
@@ -179,6 +252,8 @@ def arguments():
     parser.add_argument(
         "--tables", action="store_true", help="the tables of README.md and RESULTS.md"
     )
+    comparison = "of compare.py: draw its figure of evaluations alone"
+    parser.add_argument("--comparison", type=Path, metavar="FILE", help=comparison)
     return parser.parse_args()
 
 
@@ -187,11 +262,16 @@ def main():
     if args.tables:
         print("rewrote " + (", ".join(tables.write()) or "nothing: every table is as it was"))
         return
-    plt, made = library(), Made.read(args.run)
-    figures = {"strategies": strategies, "front": front}
-    if any(e["predicted"] for e in made.measured):
-        figures["prediction"] = prediction
-    out = args.out or args.run / "figures"
+    plt = library()
+    if args.comparison:
+        made, figures = read_table(args.comparison), {"evaluations": evaluations}
+        out = args.out or args.comparison.parent / "figures"
+    else:
+        made = Made.read(args.run)
+        figures = {"strategies": strategies, "front": front}
+        if any(e["predicted"] for e in made.measured):
+            figures["prediction"] = prediction
+        out = args.out or args.run / "figures"
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
         save(plt, draw, made, out / name)

@@ -1,7 +1,7 @@
 """
 Every table, and every sentence with a measured number, of README.md and RESULTS.md, from results/.
 
-Reading   beside plot.py, after compare.py. Nothing is measured here.
+Reading   beside plot.py, after report.py. Nothing is measured here.
 Blocks    in both files `<!-- table:NAME -->` begins what is generated and `<!-- end -->` ends it;
           the words around are written by hand. NAME is a function of this file, in BLOCKS.
 
@@ -15,8 +15,8 @@ import re
 import statistics
 from pathlib import Path
 
-import compare
-from compare import METHODS, grouped, long_table, read_comparison, requests_table, tasks_table
+import report
+from report import METHODS, grouped, long_table, read_comparison, requests_table, tasks_table
 from script import Refused, first_line, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent
@@ -66,7 +66,7 @@ def named(method):
 
 
 def printed(show, *arguments):
-    """The lines that a function of compare.py prints, so that both say the same."""
+    """The lines that a function of report.py prints, so that both say the same."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         show(*arguments)
     return said.getvalue().strip().splitlines()
@@ -228,8 +228,8 @@ def refitted_tiny():
     uniform's.
     """
     _, rows = comparison("tiny-refitted")
-    table = grouped(compare.refitted_table(rows), "method")
-    asked = compare.PERPLEXITIES
+    table = grouped(report.refitted_table(rows), "method")
+    asked = report.PERPLEXITIES
     lines = []
     for method, mine in table.items():
         at = {r["sparsity"]: r for r in mine}
@@ -300,12 +300,12 @@ def beside_evopress():
     as ratios to uniform's with the same masks, calibration and search tokens.
     """
     _, rows = comparison("smollm2")
-    theirs = compare.with_ratios(rows, "requests")
+    theirs = report.with_ratios(rows, "requests")
     theirs = [r for r in theirs if r["method"] == "EvoPress, 104 each"]
     theirs = {(r["text"], r["sparsity"], r["seed"]): r["ratio"] for r in theirs}
     lines = []
     for text in ("wiki.test.raw", "c4-unseen.jsonl"):
-        ratios = {s: [] for s in compare.QUICK}
+        ratios = {s: [] for s in report.QUICK}
         for (found, s), mine in real("real-smollm2").items():
             if found == text and s in ratios:
                 pairs = zip(mine["unicuco"], mine["uniform"])
@@ -313,7 +313,7 @@ def beside_evopress():
                     ratios[s].append(ours["kl"] / base["kl"] / theirs[text, s, seed])
         means = [statistics.geometric_mean(of_seed) for of_seed in zip(*ratios.values())]
         lines.append([TEXTS[text], *(pm(v, 3) for v in ratios.values()), pm(means, 3)])
-    head = ["StratNet's KL over EvoPress's at", *(f"{s:g}" for s in compare.QUICK), "mean"]
+    head = ["StratNet's KL over EvoPress's at", *(f"{s:g}" for s in report.QUICK), "mean"]
     return markdown(head, lines)
 
 
@@ -397,8 +397,8 @@ def says(name):
     """What compare.py prints about quality and speed."""
     inputs, rows = comparison(name)
     ours, theirs = opponents(requests_table(rows, inputs))
-    speed = printed(compare.show_speed, ours, theirs, inputs["requests"])
-    return [compare.compared(ours, theirs[-1]), *speed]
+    speed = printed(report.show_speed, ours, theirs, inputs["requests"])
+    return [report.compared(ours, theirs[-1]), *speed]
 
 
 def compare_tiny_says():
@@ -506,7 +506,7 @@ def long_smollm2_says():
     sentences = []
     for s, mine in grouped(long_table(rows), "sparsity").items():
         ours, theirs = opponents(mine)
-        sentences.append(f"At {s:g}: {compare.compared(ours, theirs[-1])}")
+        sentences.append(f"At {s:g}: {report.compared(ours, theirs[-1])}")
     return bullets(sentences)
 
 

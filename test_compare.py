@@ -7,6 +7,7 @@ Run       pytest test_compare.py                         (10 s on 2 cores)
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -18,16 +19,20 @@ import torch
 
 import baselines
 import compare
+import curvature
 import eval as evaluation
+import prune
 import refit
+import report
 import unicuco
 from baselines import Target
-from compare import ENDS, HARD, METHODS, QUICK
+from compare import HARD
 from conftest import CPU, ROOT, call, relative, write_tasks
 from eval import Divergence
 from llama import load_llama
 from model import LINEARS
 from prune import Pruner
+from report import ENDS, METHODS, QUICK
 from unicuco import search
 
 BLOCKS = 8
@@ -48,6 +53,11 @@ class Toy:
         return float((WEIGHTS * x**2).sum())
 
 
+def steps():
+    """EvoPress's selection before f2: on a quarter and on half of the tokens."""
+    return [(Toy(4), 4), (Toy(2), 2)]
+
+
 def counted(x):
     """Blocks of one matrix with rows of 1000 weights."""
     return float((torch.as_tensor(x) * 1000 + 1e-6).floor().sum()) / (1000 * BLOCKS)
@@ -64,35 +74,64 @@ def uniform_f2(sparsity):
 # ------------------------------------------------------------------------------------- baselines
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
 def test_evopress_lowers_its_own_f2_with_every_larger_budget_and_keeps_the_count(sparsity):
-    found = baselines.evopress(Toy(), Toy(4), target(sparsity), 60, snapshots=(10, 30))
-    values = [uniform_f2(sparsity), *(Toy()(found[b][0]) for b in (10, 30, 60))]
+    found = baselines.evopress(Toy(), steps(), target(sparsity), 90, snapshots=(10, 45))
+    values = [uniform_f2(sparsity), *(Toy()(found[b][0]) for b in (10, 45, 90))]
     assert all(later <= earlier for earlier, later in zip(values, values[1:]))
     assert values[-1] < 0.9 * values[0]
     for x, seconds in found.values():
         assert abs(counted(x) - sparsity) <= STEP and seconds >= 0
         assert x.min() >= 0 and x.max() <= unicuco.MAX
-    again = baselines.evopress(Toy(), Toy(4), target(sparsity), 60, snapshots=(10, 30))
+    again = baselines.evopress(Toy(), steps(), target(sparsity), 90, snapshots=(10, 45))
     assert all(torch.equal(found[b][0], again[b][0]) for b in found)
 
 
 def test_evopress_spends_no_more_than_its_budget_in_tokens():
-    f2, quick = Toy(), Toy(4)
-    baselines.evopress(f2, quick, target(0.5), 40)
-    assert 30 < f2.calls + quick.calls / 4 <= 40
+    f2, selection = Toy(), steps()
+    (quarter, _), (half, _) = selection
+    baselines.evopress(f2, selection, target(0.5), 40)
+    # uniform, then 4 generations of 16 children on a quarter, 4 on a half, 2 on all tokens
+    assert (quarter.calls, half.calls, f2.calls) == (4 * 16, 4 * 4, 1 + 4 * 2)
+    assert f2.calls + half.calls / 2 + quarter.calls / 4 == 33
+    assert baselines.generation_cost(16, selection) == 8
+    alone = Toy()
+    baselines.evopress(alone, [], target(0.5), 40)  # one window: every child is read whole
+    assert alone.calls == 1 + 2 * 16
+
+
+class Recorded(Toy):
+    """A toy f2 that keeps what it was asked, and sees damage in some blocks alone."""
+
+    def __init__(self, share, seen=slice(None)):
+        super().__init__(share)
+        self.seen = seen
+        self.asked = []
+
+    def __call__(self, x):
+        self.asked.append(x)
+        return float((WEIGHTS * x**2)[self.seen].sum())
+
+
+def test_every_step_of_evopress_chooses_among_the_survivors_of_the_one_before():
+    quarter, half, f2 = Recorded(4, slice(4)), Recorded(2, slice(4, None)), Recorded(1)
+    found = baselines.evopress(f2, [(quarter, 4), (half, 2)], target(0.5), 9)
+
+    def best(objective, strategies, count):
+        damage = lambda x: float((WEIGHTS * x**2)[objective.seen].sum())
+        return sorted(strategies, key=damage)[:count]
+
+    parent, *finalists = f2.asked
+    assert len(quarter.asked) == 16 and torch.equal(parent, target(0.5).uniform())
+    assert all(map(torch.equal, half.asked, best(quarter, quarter.asked, 4)))
+    assert all(map(torch.equal, finalists, best(half, half.asked, 2))) and len(finalists) == 2
+    assert torch.equal(found[9][0], best(f2, f2.asked, 1)[0])
 
 
 def test_a_child_of_evopress_differs_from_its_parent_in_the_switched_blocks_only():
-    asked = []
-
-    class Recorded(Toy):
-        def __call__(self, x):
-            asked.append(x)
-            return super().__call__(x)
-
-    # one generation: 8 children of uniform pruning
-    baselines.evopress(Toy(), Recorded(4), target(0.5), 6)
-    moved = [int(((x - 0.5).abs() > 1e-3).sum()) for x in asked]
-    assert len(asked) == 8 and max(moved) >= 2
+    quarter = Recorded(4)
+    # one generation: 16 children of uniform pruning
+    baselines.evopress(Toy(), [(quarter, 4), (Toy(2), 2)], target(0.5), 9)
+    moved = [int(((x - 0.5).abs() > 1e-3).sum()) for x in quarter.asked]
+    assert len(moved) == 16 and max(moved) >= 2
     assert set(moved) <= {0, 2, 3, 4, 5, 6}  # 1 to 3 switches of two blocks; two may cancel
 
 
@@ -116,7 +155,19 @@ def test_owl_keeps_the_mean_and_gives_blocks_with_more_outliers_less_at_most_lam
     assert Toy()(best) == min(each)
 
 
-def test_outlier_shares_equal_counting_scores_above_m_times_their_mean(small):
+def test_dlp_is_its_formula_on_a_case_worked_by_hand():
+    medians = torch.tensor([1.0, 2.0, 4.0, 1.0], dtype=torch.float64)
+    asked = Target(0.5, 4, lambda x: float(torch.as_tensor(x).mean()))
+    # importance 7/8, 6/8, 4/8, 7/8, scaled to 1, 2/3, 0, 1: times 0.3, less its mean of 0.2
+    expected = pytest.approx([0.4, 0.5, 0.7, 0.4], abs=1e-9)
+    assert baselines.dlp(medians, asked).tolist() == expected
+    halved = baselines.dlp(medians, asked, alpha=0.075)
+    assert halved.tolist() == pytest.approx([0.45, 0.5, 0.6, 0.45], abs=1e-9)
+    level = baselines.dlp(torch.ones(4, dtype=torch.float64), asked)
+    assert level.tolist() == pytest.approx([0.5] * 4, abs=1e-9)
+
+
+def test_outlier_shares_and_medians_equal_those_of_all_scores_of_a_block(small):
     model, _ = load_llama(small)
     tokens = torch.randint(3, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
     inputs = {}
@@ -133,6 +184,7 @@ def test_outlier_shares_equal_counting_scores_above_m_times_their_mean(small):
     with torch.no_grad():
         model(tokens)
     shares = baselines.outlier_shares(load_llama(small)[0], tokens)
+    medians = baselines.median_scores(load_llama(small)[0], tokens)
     for i, block in enumerate(model.blocks):
         scores = []
         for name in LINEARS:
@@ -143,6 +195,99 @@ def test_outlier_shares_equal_counting_scores_above_m_times_their_mean(small):
             expected = 100 * np.mean(scores > m * scores.mean())
             # float32: one score in 10,000
             assert float(found[i]) == pytest.approx(expected, abs=0.01)
+        middle = np.sort(scores)[(len(scores) - 1) // 2]
+        assert float(medians[i]) == pytest.approx(middle, rel=1e-5)  # float32
+
+
+def brute_force(damages, units, budget):
+    """The lowest sum of damages of all levels that take just `budget`, tried one by one."""
+    tried = itertools.product(range(damages.shape[1]), repeat=len(units))
+    fits = [x for x in tried if sum(u * level for u, level in zip(units, x)) == budget]
+    return min((float(sum(damages[m, i] for m, i in enumerate(x))) for x in fits), default=math.inf)
+
+
+def test_the_knapsack_finds_what_trying_all_levels_finds_at_every_budget():
+    g = torch.Generator().manual_seed(0)
+    for units in ([1, 1, 2, 3], [2, 5, 2, 4]):  # of the second, no levels take 1 or 3
+        damages = torch.rand(4, 4, generator=g, dtype=torch.float64)  # not even monotone
+        damages[:, 0] = 0
+        sums, choices = baselines.knapsack(damages, units)
+        assert len(sums) == 3 * sum(units) + 1 and len(choices) == 4
+        expected = [brute_force(damages, units, budget) for budget in range(len(sums))]
+        assert sums.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_dynamic_programming_gives_the_levels_of_lowest_damage_at_the_count_of_uniform():
+    sizes = [300, 100, 200, 300]
+    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    asked = Target(0.45, 4, lambda x: float(torch.as_tensor(x) @ share))
+    damages = torch.rand(4, 7, generator=torch.Generator().manual_seed(1)).double().cumsum(1)
+    damages[:, 0] = 0  # levels 0, 0.15 to 0.9: half of all that can go is 27 units
+    x = baselines.dynamic_program(damages, sizes, asked)
+    levels = (x / 0.15).round().long()
+    assert torch.allclose(x, levels.double() * 0.15, atol=1e-4)  # logits end at 12
+    assert asked.counted_sparsity(x) == pytest.approx(0.45, abs=1e-9)
+    found = float(damages.gather(1, levels[:, None]).sum())
+    assert found == pytest.approx(brute_force(damages, [3, 1, 2, 3], 27), rel=1e-12)
+
+
+def test_damages_alone_are_f2_of_one_matrix_with_the_others_dense():
+    f2 = Recorded(4)
+    damages = baselines.damages_alone(f2, 2, BLOCKS)
+    levels = [0.9 * level / 8 for level in range(9)]
+    assert damages == pytest.approx([float(WEIGHTS[2]) * level**2 for level in levels])
+    assert all(x.count_nonzero() == 1 and x[2] > 0 for x in f2.asked) and len(f2.asked) == 8
+
+
+# ------------------------------------------------------------------------- a global threshold
+def test_gradients_at_outputs_are_those_that_autograd_gives_the_whole_model(small):
+    model, _ = load_llama(small)
+    windows = torch.randint(3, 4096, (6, 64), generator=torch.Generator().manual_seed(0))
+    found = baselines.gradient_norms(model, windows, seed=3)  # one pass of 256 of 384 tokens
+    g = torch.Generator().manual_seed(3)
+    (window,) = curvature.pieces_of(windows, g)
+    seen = {}
+
+    def record(name):
+        def hook(module, inputs, outputs):
+            seen[name] = outputs[0].flatten(0, 1).norm(dim=0)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_full_backward_hook(record(name + ".weight"))
+    log_p = model.requires_grad_(True)(window[None])[0].log_softmax(-1)
+    y = torch.multinomial(log_p.detach().exp(), 1, generator=g)
+    log_p.gather(1, y).sum().backward()
+    assert found.keys() == seen.keys() and len(found) == 3 * 7
+    assert all(relative(found[name], seen[name]) < 1e-4 for name in seen)  # float32
+
+
+def test_a_global_threshold_drops_the_lowest_scores_of_the_whole_model_as_many_as_uniform(small):
+    model, _ = load_llama(small)
+    windows = torch.randint(3, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
+    pruner = Pruner(model, windows)
+    x_norms = prune.activation_norms(model, windows)
+    made = baselines.GlobalThreshold(pruner, windows)
+    g_norms = baselines.gradient_norms(model, windows)
+    masks = made.masks([0.6] * 3)
+    kept, gone = [], []
+    for names, dense in zip(pruner.names, pruner.dense):
+        for name, W in zip(names, dense):
+            score = W.abs() * torch.outer(g_norms[name], x_norms[name])
+            kept.append(score[masks[name]])
+            gone.append(score[~masks[name]])
+    assert float(torch.cat(gone).max()) <= float(torch.cat(kept).min()) * (1 + 1e-6)  # float32
+    counts = [len(there) / (len(there) + len(left)) for left, there in zip(kept, gone)]
+    assert max(counts) - min(counts) > 0.1  # matrices lose what they lose
+    assert made.sparsity([0.6] * 3) == pytest.approx(pruner.sparsity([0.6] * 3), abs=1e-5)
+    made.apply([0.6] * 3)
+    for name, W in model.named_parameters():
+        if name in masks:
+            assert torch.equal(W != 0, masks[name])
+    made.restore()
+    assert pruner.zeros() == 0 and all(mask.all() for mask in made.masks([0.0] * 3).values())
 
 
 def test_a_gp_for_one_request_spends_its_budget_keeps_the_count_and_beats_uniform():
@@ -168,13 +313,13 @@ def options(model, text, out):
     return (
         *("--model", model, "--data", text, *CPU),
         *("--seqlen", 64, "--calibration", 4, "--tokens", 256, "--test-tokens", 256),
-        *("--budget", 8, "--out", out),
+        *("--budget", 9, "--out", out),
     )
 
 
 def read(folder):
     """(inputs, rows) of a comparison."""
-    return compare.read_comparison(folder / "compare.json")
+    return report.read_comparison(folder / "compare.json")
 
 
 @pytest.mark.slow
@@ -184,8 +329,8 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
     words = ("--requests", 16, "--seeds", 2, "--methods", *METHODS)
     assert call(compare, *options(small, text, tmp_path), *words) == 0
     inputs, rows = read(tmp_path)
-    table = {r["method"]: r for r in compare.requests_table(rows, inputs)}
-    assert {"uniform", "EvoPress, 8 each", *METHODS.values()} - {
+    table = {r["method"]: r for r in report.requests_table(rows, inputs)}
+    assert {"uniform", "EvoPress, 9 each", *METHODS.values()} - {
         "EvoPress",
         "matrix EvoPress",
     } <= table.keys()
@@ -199,8 +344,12 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
     # of the short search, whatever the number of requests
     # and the one backward pass of the 256 search tokens' size, at four forward passes
     assert table["UniCuCo"]["evaluations"] == 8 + 4
-    assert table["EvoPress, 8 each"]["evaluations"] == 8 * 16
+    assert table["EvoPress, 9 each"]["evaluations"] == 9 * 16
     assert table["GP per request"]["evaluations"] == 4 * 16
+    # 8 levels of 21 matrices, on a quarter of the tokens; the same backward pass; nothing
+    assert table["dynamic programming"]["evaluations"] == 8 * 21 / 4
+    assert table["global threshold"]["evaluations"] == 4
+    assert table["DLP"]["evaluations"] == table["magnitude, uniform"]["evaluations"] == 0
     check_ratios(table, rows)
     ours = table["UniCuCo"]
     printed = capsys.readouterr().out
@@ -210,7 +359,7 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
         for method, r in table.items()
         if method.startswith("EvoPress") and r["ratio"][name] <= ours["ratio"][name]
     ]
-    none = "At equal quality: no EvoPress budget up to 8 reaches"
+    none = "At equal quality: no EvoPress budget up to 9 reaches"
     assert (f"At equal quality, against {equal[0]} " if equal else none) in printed
 
 
@@ -259,7 +408,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_it_found_and_refuses_ot
     # one more method later
     assert call(compare, *words, "--methods", "owl", "unicuco", "evopress", "--resume") == 0
     inputs, rows = read(tmp_path)
-    assert [r["method"] for r in compare.requests_table(rows, inputs)][2] == "UniCuCo"
+    assert [r["method"] for r in report.requests_table(rows, inputs)][2] == "UniCuCo"
     capsys.readouterr()
     assert call(compare, *words, "--full", "--resume") == 2
     assert "another served" in capsys.readouterr().err  # these were not searched for
@@ -297,7 +446,7 @@ def test_long_texts_and_tasks_are_measured_on_the_models_that_were_searched_for(
     printed = capsys.readouterr().out
     inputs, rows = read(out)
     journal = json.loads((out / "compare.journal.json").read_text())["values"]
-    models = {(m, s) for m in ("uniform", "UniCuCo", "EvoPress, 8 each") for s in HARD}
+    models = {(m, s) for m in ("uniform", "UniCuCo", "EvoPress, 9 each") for s in HARD}
     long = {(r["seed"], r["method"], r["sparsity"]): r for r in rows if r["table"] == "long"}
     asked = {(seed, *model) for seed in range(2) for model in {("dense", 0.0), *models}}
     assert long.keys() == asked
@@ -342,7 +491,7 @@ def check_tasks(setting, out, rows):
 def check_tables(rows, printed):
     """Ratios, spreads and their words are those of the rows."""
     long = {(r["seed"], r["method"], r["sparsity"]): r for r in rows if r["table"] == "long"}
-    table = {(r["method"], r["sparsity"]): r for r in compare.long_table(rows)}
+    table = {(r["method"], r["sparsity"]): r for r in report.long_table(rows)}
     assert len(table) == 6 and table["uniform", 0.6]["ratio"] == 1
     assert table["uniform", 0.6]["spread"] == 0
 
@@ -357,13 +506,13 @@ def check_tables(rows, printed):
     assert "zero-shot accuracy in %, 3, 3, 3, 3, 3 documents" in printed
     lines = printed.splitlines()
     uniform = next(
-        r for r in compare.tasks_table(rows) if (r["method"], r["sparsity"]) == ("uniform", 0.5)
+        r for r in report.tasks_table(rows) if (r["method"], r["sparsity"]) == ("uniform", 0.5)
     )
     line = next(line for line in lines if re.match(r"uniform +0.50 .* ± ", line))
     assert line.endswith(f" {uniform['lost']:.1f} ± {uniform['error']:.1f}")
-    start = "At 0.6: UniCuCo's KL over that of EvoPress, 8 each: "
+    start = "At 0.6: UniCuCo's KL over that of EvoPress, 9 each: "
     line = next(line for line in lines if line.startswith(start))
-    to_evopress = ratios("EvoPress, 8 each")
+    to_evopress = ratios("EvoPress, 9 each")
     mean, wide = statistics.mean(to_evopress), statistics.stdev(to_evopress)
     assert f" {mean:.3f}, ± {wide:.3f} over 2 seeds" in line
 
@@ -371,13 +520,13 @@ def check_tables(rows, printed):
 def test_long_texts_and_tasks_are_for_uniform_and_the_best_of_each_method():
     methods = (
         *("uniform", "UniCuCo", "UniCuCo, constant mean"),
-        *("EvoPress, 4 each", "EvoPress, 8 each"),
+        *("EvoPress, 8 each", "EvoPress, 9 each"),
     )
     answers = [
         {"seed": 0, "method": m, "sparsity": s, "strategy": [s]} for m in methods for s in QUICK
     ]
     rows = [(a["method"], a["sparsity"], a["strategy"]) for a in compare.hard(answers)]
-    best = ("uniform", "UniCuCo", "EvoPress, 8 each")
+    best = ("uniform", "UniCuCo", "EvoPress, 9 each")
     assert rows == [("dense", 0.0, [0.0])] + [(m, s, [s]) for s in (0.5, 0.6) for m in best]
 
 
@@ -388,7 +537,7 @@ def test_how_far_accuracy_lies_below_the_dense_models_is_paired_by_document_work
         more = {"documents": 4, "acc": acc, "acc_norm": None, "right": right}
         return [{**head, "text": task, **more} for task in evaluation.TASKS]
 
-    dense, pruned = compare.tasks_table(rows("dense", 0.0, "1101") + rows("M", 0.5, "1001"))
+    dense, pruned = report.tasks_table(rows("dense", 0.0, "1101") + rows("M", 0.5, "1001"))
     assert dense["average"] == 75 and dense["lost"] == dense["error"] == 0
     assert pruned["piqa"] == pruned["average"] == 50 and pruned["lost"] == 25
     # the differences 0, 1, 0, 0 have variance 1/4, so 1/16 for their mean; five tasks alike:
@@ -422,13 +571,13 @@ def test_a_difference_within_the_spread_of_seeds_is_called_a_tie():
         return {"method": "M", "each_seed": each_seed}
 
     one = row(1, 1, 1)
-    said = compare.compared(row(0.9, 0.9, 1.1), one)
+    said = report.compared(row(0.9, 0.9, 1.1), one)
     assert said == "M's KL over that of M: 0.967, ± 0.115 over 3 seeds: a tie."
-    said = compare.compared(row(0.8, 0.9, 0.85), one)
+    said = report.compared(row(0.8, 0.9, 0.85), one)
     assert said.endswith("0.850, ± 0.050 over 3 seeds: ahead.")
-    said = compare.compared(row(1.1, 1.2, 1.15), one)
+    said = report.compared(row(1.1, 1.2, 1.15), one)
     assert said.endswith("± 0.050 over 3 seeds: behind.")
-    said = compare.compared(row(0.9), row(1))
+    said = report.compared(row(0.9), row(1))
     assert said.endswith("0.900, one seed says nothing about its spread.")
 
 
@@ -445,9 +594,9 @@ def costs_of(served, *seeds):
         for s, t in zip(served, seconds)
         for text in ("a", "b")
     ]
-    requests = 64 if len(served) == len(QUICK) else 3
+    requests = 64 if len(served) == len(QUICK) else 2
     inputs = {"requests": requests, "served": list(served), "tokens": 100}
-    (row,) = compare.requests_table(rows, inputs)
+    (row,) = report.requests_table(rows, inputs)
     return row
 
 
@@ -458,10 +607,10 @@ def test_seconds_are_medians_so_one_search_beside_other_work_changes_nothing():
     assert costs == (4, 5, 324)
     assert (row["evaluations"], row["tokens"]) == (640, 64000)
     assert row["ratio"] == {"a": 1, "b": 1} and row["spread"] == {"a": 0, "b": 0}
-    # all served: their mean, times 3
+    # all served: their mean, times 2
     row = costs_of((0.2, *QUICK, 0.75), (3, 5, 6, 10, 2, 12, 5, 9))
     costs = (row["seconds_shared"], row["seconds_per_request"], row["seconds"])
-    assert costs == (3, 7, 24) and row["spread"] == {"a": None, "b": None}
+    assert costs == (3, 7, 17) and row["spread"] == {"a": None, "b": None}
 
 
 def test_a_ruined_model_counts_as_100_nats_in_kl_and_perplexity_alike():
@@ -474,30 +623,68 @@ def test_full_serves_every_request_and_extrapolates_nothing(small, text, tmp_pat
     words = ("--requests", 2, "--full", "--methods", "owl", "unicuco", "evopress")
     assert call(compare, *options(small, text, tmp_path), *words) == 0
     inputs, rows = read(tmp_path)
-    table = compare.requests_table(rows, inputs)
+    table = report.requests_table(rows, inputs)
     assert {0.2, 0.75} <= set(inputs["served"]) and not any(r["extrapolated"] for r in table)
     assert all(v is None for r in table for v in r["spread"].values())  # one seed has no spread
     assert "All were served and measured" in capsys.readouterr().out
 
 
+def test_smaller_budgets_are_halves_down_to_one_generation_so_6656_holds_every_fourth_of_it():
+    assert compare.halved(104) == [13, 26, 52, 104]
+    assert {104, 416, 1664, 6656} <= set(compare.halved(6656))
+    for least in (compare.LEAST, 17):
+        assert compare.halved(least) == [least]
+
+
+def test_some_sparsities_alone_are_served_and_those_beside_them_are_extrapolated_from(
+    small, text, tmp_path, short, capsys
+):
+    words = ("--served", 0.6, 0.4, "--methods", "evopress", "--refit")
+    assert call(compare, *options(small, text, tmp_path), *words) == 0
+    inputs, rows = read(tmp_path)
+    assert inputs["served"] == [0.4, 0.6]
+    asked = {r["sparsity"] for r in rows if r["method"] == "EvoPress, 9 each"}
+    assert asked == {0.4, 0.6}
+    table = {r["method"]: r for r in report.requests_table(rows, inputs)}
+    ours = table["EvoPress, 9 each"]
+    assert ours["extrapolated"] and ours["evaluations"] == 64 * 9
+    (by_sparsity,) = ours["perplexity"].values()
+    assert list(by_sparsity) == [0.6]
+    printed = capsys.readouterr().out
+    assert "2 sparsities were measured per method" in printed and "perplexity at 0.6\n" in printed
+
+
+def test_one_window_leaves_evopress_no_step_before_f2_and_two_leave_it_one():
+    def kept(*shares):
+        quick = [Toy(share) for share in shares]
+        run = argparse.Namespace(quick=quick)
+        return [(objective.share, count) for objective, count in compare.Run.steps(run)]
+
+    assert (kept(), kept(2), kept(4, 2)) == ([], [(2, 2)], [(4, 4), (2, 2)])
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-full", "smollm2", "smollm2-constant"])
 def test_the_tables_of_the_results_in_the_repository_can_be_printed(name, capsys):
-    inputs, rows = compare.read_comparison(ROOT / "results" / f"compare-{name}.json")
-    compare.show_requests(rows, inputs)
+    inputs, rows = report.read_comparison(ROOT / "results" / f"compare-{name}.json")
+    report.show_requests(rows, inputs)
     if any(r["table"] == "tasks" for r in rows):
-        compare.show_tasks(rows)
-        compare.show_long(rows)
+        report.show_tasks(rows)
+        report.show_long(rows)
     assert f"{inputs['requests']} requests from 0.2 to 0.75" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ("--budget", 4),
+        ("--budget", 8),
         ("--requests", 0),
         ("--seeds", "x"),
         ("--model", "nowhere"),
         ("--nonsense",),
+        ("--served", 0.0),
+        ("--served", 0.95),
+        ("--served", 0.5, "--full"),
+        ("--served", 0.4, "--tasks", "nowhere"),
         ("--data", "nowhere.txt"),
     ],
 )
@@ -584,25 +771,29 @@ def test_over_matrices_equal_sizes_alone_switch_levels_and_evopress_finds_the_to
     best = float((w * (c / w) ** 2).sum())
     assert float((c / w).max()) <= 0.9
     f2 = lambda x: float((w * x**2).sum())
-    f2_quick = type("Quick", (), {"share": 4, "__call__": lambda self, x: f2(x)})()
+    cheaper = lambda share: type("Part", (), {"share": share, "__call__": lambda _, x: f2(x)})()
+    selection = [(cheaper(4), 4), (cheaper(2), 2)]
     target = Target(0.5, 21, lambda x: float(torch.as_tensor(x).mean()))
-    found = baselines.evopress(f2, f2_quick, target, 600, groups=[torch.arange(21)])
-    strategy, _ = found[600]
+    found = baselines.evopress(f2, selection, target, 1200, groups=[torch.arange(21)])
+    strategy, _ = found[1200]
     assert f2(strategy) < best + 0.05 * (f2(parent) - best)
 
 
 @pytest.mark.slow
 def test_every_method_is_refitted_and_sparsegpt_stands_beside_them(small, text, tmp_path, short):
     words = (*options(small, text, tmp_path), "--requests", 16, "--refit")
-    assert call(compare, *words, "--methods", "unicuco", "evopress", "matrices") == 0
+    methods = ("unicuco", "evopress", "matrices", "dlp", "dynamic", "magnitude", "global")
+    assert call(compare, *words, "--methods", *methods) == 0
     _, rows = read(tmp_path)
     mine = [r for r in rows if r["table"] == "refitted"]
-    budgeted = {"EvoPress, 8 each", "matrix EvoPress, 8 each"}
-    assert {r["method"] for r in mine} == {"uniform", "UniCuCo", *budgeted, *compare.SPARSEGPT}
+    budgeted = {"EvoPress, 9 each", "matrix EvoPress, 9 each"}
+    searched = {"uniform", "UniCuCo", "DLP", "dynamic programming", *budgeted}
+    owned = {"magnitude, uniform", "global threshold"}
+    assert {r["method"] for r in mine} == {*searched, *owned, *compare.SPARSEGPT}
     plain = {(r["method"], r["sparsity"], r["text"]): r for r in rows if r["table"] == "requests"}
     for r in mine:
         if (r["method"], r["sparsity"], r["text"]) in plain:
             before = plain[r["method"], r["sparsity"], r["text"]]
             assert abs(r["counted"] - before["counted"]) < 0.01 and r["kl"] != before["kl"]
-    table = compare.refitted_table(rows)
-    assert len(table) == 3 * 6 and all(x == 1 for x in table[0]["ratio"])
+    table = report.refitted_table(rows)
+    assert len(table) == 3 * 10 and all(x == 1 for x in table[0]["ratio"])

@@ -54,6 +54,61 @@ def test_figures_are_drawn_of_what_a_run_wrote_and_are_the_same_bytes_twice(tmp_
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def drawn(name):
+    """{method: (evaluations, KL ratios)} of each panel of the figure of results/compare-NAME."""
+    figure = plot.library().figure()
+    made = plot.read_table(ROOT / "results" / f"compare-{name}.json")
+    plot.evaluations(figure, made)
+    panels = []
+    for axes in figure.axes:
+        points = {c.get_label(): c.lines[0].get_data() for c in axes.containers}
+        panels.append({method: (list(x), list(y)) for method, (x, y) in points.items()})
+    return panels, {r["method"]: r for r in made[0]}
+
+
+def test_the_figure_of_evaluations_has_every_method_at_what_it_spent_and_reached():
+    pytest.importorskip("matplotlib")
+    ((panel,), table) = drawn("tiny-refitted")
+    (text,) = table["uniform"]["ratio"]
+    budgets = [table[f"EvoPress, {b} each"] for b in (13, 26, 52, 104)]
+    x, y = panel["EvoPress"]
+    assert x == [64 * b for b in (13, 26, 52, 104)] and y == [r["ratio"][text] for r in budgets]
+    ours = table["UniCuCo"]
+    assert panel["UniCuCo"] == ([ours["evaluations"]], [ours["ratio"][text]])
+    # 0 has no place on a log axis: left of all others
+    (zero,), (one,) = panel["uniform"]
+    assert 0 < zero < min(x[0] for method, (x, _) in panel.items() if method != "uniform")
+    assert one == 1 and len(panel) == 5
+    panels, table = drawn("smollm2")
+    assert len(panels) == len(table["uniform"]["ratio"]) == 2
+
+
+def test_the_figure_of_evaluations_is_written_alone_and_the_same_bytes_twice(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = ROOT / "results" / "compare-tiny.json"
+    for out in ("one", "two"):
+        assert call(plot, "--comparison", path, "--out", tmp_path / out) == 0
+    for kind in ("png", "svg"):
+        first, second = (tmp_path / out / f"evaluations.{kind}" for out in ("one", "two"))
+        assert first.read_bytes() == second.read_bytes()
+    assert len(list((tmp_path / "one").iterdir())) == 2
+
+
+ROW = '{"table": "requests", "method": "uniform"}'
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *("{", "[]", "null", "{}", '{"inputs": {}, "rows": []}', '{"inputs": 3, "rows": 4}'),
+        *('{"inputs": {}, "rows": [3]}', f'{{"inputs": {{"requests": 64}}, "rows": [{ROW}]}}'),
+    ],
+)
+def test_a_file_that_is_no_comparison_is_one_line(broken, tmp_path):
+    (tmp_path / "compare.json").write_text(broken)
+    refuses(plot.read_table, tmp_path / "compare.json", match="compare.json")
+
+
 @pytest.mark.parametrize("broken", ["[]", "nonsense", '[{"a": 1}]', "{}"])
 def test_a_folder_without_a_run_is_one_line(broken, tmp_path, capsys):
     pytest.importorskip("matplotlib")

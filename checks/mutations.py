@@ -35,8 +35,9 @@ TESTS = {
     "patterns.py": ["test_prune.py"],
     "request.py": ["test_request.py", "test_prune.py"],
     "train.py": ["test_train.py"],
-    "baselines.py": ["test_compare.py"],
+    "baselines.py": ["test_compare.py", "test_opponents.py"],
     "compare.py": ["test_compare.py"],
+    "report.py": ["test_compare.py", "test_plot.py"],
     "script.py": ["test_script.py"],
 }
 OPPOSITE = {
