@@ -36,7 +36,7 @@ from baselines import (
 )
 from curvature import cost_in_tokens
 from eval import TASKS, all_prompts, cut, read_rows, standard_error, zero_shot
-from prune import F2, Pruner, Setting, prepare
+from prune import F2, Pruner, Setting, prepare, sources, tests
 from refit import follow
 from script import (
     Journal,
@@ -47,13 +47,13 @@ from script import (
     at_least,
     choose_device,
     choose_tokens,
+    provenance,
     read_json,
     run,
-    sha256,
     strict,
     write_text,
 )
-from train import first_tokens, prior_of, sources
+from train import first_tokens, prior_of
 from unicuco import KL_CEILING, SearchSettings, cap_divergence, search, strategy_for
 
 QUICK = (0.3, 0.4, 0.5, 0.6, 0.7)  # requests that a baseline is measured on, unless --full
@@ -857,7 +857,7 @@ def add_searches(parser):
 def describe(args, device):
     """What a comparison depends on: resuming with anything else is refused."""
     return sources(args) | {
-        "tests": {path.name: sha256(path) for path in args.test or []},
+        "tests": tests(args),
         "served": args.served,
         "budget": args.budget,
         "device": str(device),
@@ -875,7 +875,7 @@ def main():
     threads = inputs["threads"]
     print(f"{inputs['model']} on {device}, {args.dtype} ({reason}), {threads} threads")
     journal = Journal(args.out / "compare.journal.json", inputs, args.resume)
-    asked = inputs | {"requests": args.requests}
+    asked = inputs | {"requests": args.requests, "provenance": provenance()}
     path = args.out / "compare.json"
     rows = []
     for seed in range(args.seed, args.seed + args.seeds):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from eval import Divergence
 from prune import Pruner, find_stratnet, prepare
 from request import STEP, Surrogate, by_divergence
-from script import TINY, write_json
+from script import TINY, provenance, write_json, write_provenance
 from unicuco import MAX, strategy_for
 
 WINDOWS = 64
@@ -105,6 +105,7 @@ def main():
         )
     if args.out:
         write_json(args.out, rows, rows=True)
+        write_provenance(args.out, provenance())
 
 
 if __name__ == "__main__":
