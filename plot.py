@@ -7,6 +7,7 @@ Laptop    python plot.py                     (5 s; reads out/tiny, writes PNG an
           out/tiny/figures)
           python plot.py --tables            (2 s; rewrites the tables of README.md and RESULTS.md
           from results/)
+          python plot.py --check             (2 minutes; measures a cheap row of each again)
 Full      python plot.py --run out/SmolLM2-135M --out results/figures
 """
 
@@ -179,6 +180,10 @@ def arguments():
     parser.add_argument(
         "--tables", action="store_true", help="the tables of README.md and RESULTS.md"
     )
+    again = "measure a cheap row of every results file again; those of SmolLM2-135M need"
+    parser.add_argument("--check", action="store_true", help=f"{again} --model, --data, --test")
+    for flag, several in (("--model", None), ("--data", None), ("--test", "+")):
+        parser.add_argument(flag, type=Path, nargs=several, help="of --check")
     return parser.parse_args()
 
 
@@ -187,6 +192,10 @@ def main():
     if args.tables:
         print("rewrote " + (", ".join(tables.write()) or "nothing: every table is as it was"))
         return
+    if args.check:
+        from checks import drift  # it measures: nothing else here needs that much
+
+        return drift.main(args)
     plt, made = library(), Made.read(args.run)
     figures = {"strategies": strategies, "front": front}
     if any(e["predicted"] for e in made.measured):
