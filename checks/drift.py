@@ -134,10 +134,8 @@ def plan(given):
         elif "stage" in how:
             groups[name] = [(name, how)]
         elif needs := missing(inputs, files):
-            flags = (
-                f"--model DIR --data {inputs['data']} --test {' '.join(inputs.get('tests', []))}"
-            )
-            print(f"{name:<29} needs {needs if files else f'{inputs["model"]}: {flags}'}")
+            flags = f": --model DIR --data {inputs['data']} --test {' '.join(inputs['tests'])}"
+            print(f"{name:<29} needs {needs if files else inputs['model'] + flags}")
         else:
             for row in (picked(name, wanted) for wanted in how["rows"]):
                 seed = row.get("seed", how.get("seed", 0))
