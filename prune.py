@@ -814,10 +814,10 @@ def main():
     if args.json == "-":
         say(json.dumps(strict(rows), indent=1))
     elif args.json:
-        write_json(args.json, rows)
         args.dtype, args.calibration = str(dtype)[6:], len(service.calibration)
         inputs = sources(args) | {"tests": tests(args), "device": str(device)}
         write_provenance(args.json, provenance() | {"inputs": inputs})
+        write_json(args.json, rows)
     if not args.dry_run:
         written = [str(r["out"]) for r, row in zip(requests, rows) if "unmet" not in row]
         more = f" and {len(written) - 3} more" if len(written) > 3 else ""

@@ -387,7 +387,9 @@ def commit(root):
 
 
 def write_provenance(path, made):
-    """NAME.provenance.json beside the table NAME.json, whose form has no place for it."""
+    """NAME.provenance.json beside the table NAME.json, whose form has no place for it: written
+    first, so that a full disk leaves no table without.
+    """
     write_json(Path(path).with_suffix(".provenance.json"), made)
 
 

@@ -427,9 +427,9 @@ def search_and_report(this, args):
     save_search(args.out, result, curves, about)
     texts = first_tokens(this.setting.held_out, args.test_tokens)
     rows = table(result.net, pruner, texts)
-    write_json(args.out / "results.json", rows, rows=True)
     inputs = this.inputs | {"tests": tests(args), "device": str(this.device)}
     write_provenance(args.out / "results.json", this.made | {"inputs": inputs})
+    write_json(args.out / "results.json", rows, rows=True)
     this.report(result, rows, searched, inside)
 
 

@@ -104,8 +104,8 @@ def main():
             f" ± {row['error']:.3f}, KL {row['kl_over_budget']:.2f} of the budget"
         )
     if args.out:
-        write_json(args.out, rows, rows=True)
         write_provenance(args.out, provenance())
+        write_json(args.out, rows, rows=True)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def gigabytes(name, stage):
 # -------------------------------------------------------------------------------------- the report
 def say(name, what, stored, now, used):
     """Print one comparison; whether the number drifted."""
-    gap = abs(now / stored - 1)
+    gap = abs(now - stored) / max(stored, 1e-12)
     drifted = not gap <= TOLERANCE  # NaN too
     print(
         f"{name:<29} {what:<28} {stored:9.4f} {now:9.4f} {100 * gap:6.2f} %"
@@ -134,7 +134,9 @@ def plan(given):
         elif "stage" in how:
             groups[name] = [(name, how)]
         elif needs := missing(inputs, files):
-            flags = f": --model DIR --data {inputs['data']} --test {' '.join(inputs['tests'])}"
+            flags = (
+                f": --model DIR --data {inputs['data']} --test {' '.join(inputs.get('tests', []))}"
+            )
             print(f"{name:<29} needs {needs if files else inputs['model'] + flags}")
         else:
             for row in (picked(name, wanted) for wanted in how["rows"]):
