@@ -23,7 +23,7 @@ from eval import CHUNK, Divergence
 from gp import GaussianProcess
 from llama import pack, unpack
 from model import LINEARS, Config, Llama
-from prune import Pruner, activation_norms, prepare, rank, wanda
+from prune import Pruner, activation_norms, prepare, rank, sources, tests, wanda
 from refit import GROUPS, STEPS, follow, gram
 from script import (
     Parser,
@@ -32,11 +32,10 @@ from script import (
     at_least,
     choose_device,
     choose_tokens,
+    provenance,
     run,
-    sha256,
     write_json,
 )
-from train import sources
 from unicuco import StratNet, first_design, one_thread, strategy_for
 
 
@@ -471,9 +470,10 @@ def main():
     reason = choose_tokens(args, device, reason)
     args.dtype = str(dtype)[6:]
     inputs = sources(args) | {
-        "tests": {path.name: sha256(path) for path in args.test or []},
+        "tests": tests(args),
         "device": str(device),
         "threads": torch.get_num_threads(),
+        "provenance": provenance(),
     }
     threads = inputs["threads"]
     print(f"{inputs['model']} on {device}, {args.dtype} ({reason}), {threads} threads")

@@ -42,7 +42,7 @@ from baselines import (
 from curvature import cost_in_tokens
 from eval import TASKS, all_prompts, cut, read_rows, zero_shot
 from model import LINEARS
-from prune import F2, Pruner, Setting, prepare
+from prune import F2, Pruner, Setting, prepare, sources, tests
 from refit import follow
 from report import (
     ENDS,
@@ -65,10 +65,10 @@ from script import (
     at_least,
     choose_device,
     choose_tokens,
+    provenance,
     run,
-    sha256,
 )
-from train import first_tokens, prior_of, sources
+from train import first_tokens, prior_of
 from unicuco import KL_CEILING, MAX, SearchSettings, cap_divergence, search, strategy_for
 
 SURVIVORS = (4, 2)  # of EvoPress's children, after a quarter and after a half of the tokens
@@ -622,7 +622,7 @@ def add_searches(parser):
 def describe(args, device):
     """What a comparison depends on: resuming with anything else is refused."""
     return sources(args) | {
-        "tests": {path.name: sha256(path) for path in args.test or []},
+        "tests": tests(args),
         "served": args.served,
         "budget": args.budget,
         "device": str(device),
@@ -640,7 +640,7 @@ def main():
     threads = inputs["threads"]
     print(f"{inputs['model']} on {device}, {args.dtype} ({reason}), {threads} threads")
     journal = Journal(args.out / "compare.journal.json", inputs, args.resume)
-    asked = inputs | {"requests": args.requests}
+    asked = inputs | {"requests": args.requests, "provenance": provenance()}
     path = args.out / "compare.json"
     rows = []
     for seed in range(args.seed, args.seed + args.seeds):

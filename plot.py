@@ -8,6 +8,7 @@ Laptop    python plot.py                     (5 s; reads out/tiny, writes PNG an
           python plot.py --tables            (2 s; rewrites the tables of README.md and RESULTS.md
           from results/)
           python plot.py --comparison out/tiny/compare.json --out results/figures
+          python plot.py --check             (2 minutes; measures a cheap row of each again)
 Full      python plot.py --run out/SmolLM2-135M --out results/figures
 """
 
@@ -254,6 +255,10 @@ def arguments():
     )
     comparison = "of compare.py: draw its figure of evaluations alone"
     parser.add_argument("--comparison", type=Path, metavar="FILE", help=comparison)
+    again = "measure a cheap row of every results file again; those of SmolLM2-135M need"
+    parser.add_argument("--check", action="store_true", help=f"{again} --model, --data, --test")
+    for flag, several in (("--model", None), ("--data", None), ("--test", "+")):
+        parser.add_argument(flag, type=Path, nargs=several, help="of --check")
     return parser.parse_args()
 
 
@@ -262,6 +267,10 @@ def main():
     if args.tables:
         print("rewrote " + (", ".join(tables.write()) or "nothing: every table is as it was"))
         return
+    if args.check:
+        from checks import drift  # it measures: nothing else here needs that much
+
+        return drift.main(args)
     plt = library()
     if args.comparison:
         made, figures = read_table(args.comparison), {"evaluations": evaluations}

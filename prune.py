@@ -16,8 +16,10 @@ Full      python prune.py --model ~/Llama-2-7b-hf --data c4.jsonl --sparsity 0.3
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
+import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -29,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from curvature import read_curves
-from eval import Divergence, batches, draw, load_texts
+from eval import Divergence, batches, draw, load_texts, stdlib_files
 from llama import Tokenizer, files_to_copy, load_llama, save_llama, stored_dtypes, weight_files
 from model import LINEARS, Llama
 from offload import offload_blocks
@@ -54,6 +56,7 @@ from script import (
     choose_device,
     choose_tokens,
     new_folder,
+    provenance,
     refuse_to_overwrite,
     refuse_to_replace,
     run,
@@ -62,6 +65,7 @@ from script import (
     sha256,
     strict,
     write_json,
+    write_provenance,
 )
 from unicuco import Layout, Trained, cap_divergence, load_stratnet, strategy_for, trained_on_prior
 
@@ -412,6 +416,31 @@ class F2:
 
 
 # ----------------------------------------------------------------------------------------- requests
+def sources(args):
+    """What every run depends on: model, text and windows. `args.dtype` is the chosen one."""
+    if args.data:
+        name, digest = args.data.name, sha256(args.data) if args.data.is_file() else None
+    else:
+        name = f"stdlib {platform.python_version()}"
+        digest = hashlib.sha256("".join(stdlib_files(False)).encode()).hexdigest()
+    return {
+        "model": args.model.resolve().name,
+        "weights": [sha256(path) for path in weight_files(args.model)],
+        "config": sha256(args.model / "config.json"),
+        "data": name,
+        "sha256": digest,
+        "tokens": args.tokens,
+        "calibration": args.calibration,
+        "seqlen": args.seqlen,
+        "dtype": args.dtype,
+    }
+
+
+def tests(args):
+    """{name: digest} of the texts to test on that are files."""
+    return {path.name: sha256(path) for path in args.test or []}
+
+
 @dataclass
 class Setting:
     """What pruning and its measurement share. Windows are (n, T) long, none is in two sets."""
@@ -834,6 +863,9 @@ def main():
     if args.json == "-":
         say(json.dumps(strict(rows), indent=1))
     elif args.json:
+        args.dtype, args.calibration = str(dtype)[6:], len(service.calibration)
+        inputs = sources(args) | {"tests": tests(args), "device": str(device)}
+        write_provenance(args.json, provenance() | {"inputs": inputs})
         write_json(args.json, rows)
     if not args.dry_run:
         written = [str(r["out"]) for r, row in zip(requests, rows) if "unmet" not in row]

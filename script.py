@@ -15,8 +15,11 @@ import hashlib
 import json
 import math
 import os
+import platform
+import shlex
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -351,6 +354,43 @@ def write_json(path, value, rows=False):
     else:
         text = json.dumps(value, indent=1)
     write_text(path, text + "\n")
+
+
+# ------------------------------------------------------------------------------- provenance
+def provenance():
+    """What this process is: how it was called, and on which code. No time and no machine's name, so
+    equal runs say the same.
+    """
+    called, root = Path(sys.argv[0]).resolve(), TINY.parent
+    inside = called.relative_to(root) if root in called.parents else Path(called.name)
+    module = ["-m", ".".join(inside.with_suffix("").parts)]
+    return {
+        "command": shlex.join(
+            ["python", *([str(inside)] if len(inside.parts) == 1 else module), *sys.argv[1:]]
+        ),
+        "commit": commit(root),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def commit(root):
+    """The commit of the clone `root`, short, "-dirty" where a tracked file differs; else None."""
+    ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        if (root / ".git").exists():  # not the one of a folder that a copy lies in
+            return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not its owner's clone
+        pass
+    return None
+
+
+def write_provenance(path, made):
+    """NAME.provenance.json beside the table NAME.json, whose form has no place for it: written
+    first, so that a full disk leaves no table without.
+    """
+    write_json(Path(path).with_suffix(".provenance.json"), made)
 
 
 RECORD = "strategy.json"  # in every folder that prune.py wrote, and in no other

@@ -20,7 +20,7 @@ from report import METHODS, grouped, long_table, read_comparison, requests_table
 from script import Refused, first_line, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent
-PAGES = ("README.md", "RESULTS.md")
+PAGES = {"README.md": False, "RESULTS.md": True}  # whether tables name their sources
 RESULTS = ROOT / "results"
 UNICUCO = METHODS["unicuco"]
 TEXTS = {
@@ -44,6 +44,15 @@ def read_rows(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Refused(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def results(name):
+    """The path of results/NAME, noted in `opened`: what a table is made of stands under it."""
+    opened.append(name)
+    return RESULTS / name
+
+
+opened = []
 
 
 def bullets(sentences):
@@ -76,8 +85,8 @@ def printed(show, *arguments):
 def runs(stem):
     """{seed: {method: rows by sparsity}} of results/STEM-seed*.json."""
     found = {}
-    for path in sorted(RESULTS.glob(f"{stem}-seed*.json")):
-        rows = read_rows(path)
+    for path in sorted(RESULTS.glob(f"{stem}-seed[0-9].json")):
+        rows = read_rows(results(path.name))
         found[int(path.stem.rpartition("seed")[2])] = grouped(rows, "method")
     return found
 
@@ -153,7 +162,7 @@ def tiny_run():
 # ---------------------------------------------------------------------- refit, and a real model
 def refit_rows(model):
     """{(method, refit, sparsity): rows of all seeds} of results/refit-MODEL.json."""
-    return grouped(read_rows(RESULTS / f"refit-{model}.json"), "method", "refit", "sparsity")
+    return grouped(read_rows(results(f"refit-{model}.json")), "method", "refit", "sparsity")
 
 
 def refit_table(model, key, digits):
@@ -242,7 +251,7 @@ def refitted_tiny():
 
 def coverage():
     """How often --max-kl K --confidence P was kept on text that no measurement saw."""
-    rows = read_rows(RESULTS / "coverage-tiny.json")
+    rows = read_rows(results("coverage-tiny.json"))
     lines = [
         [
             f"{r['confidence']:g}",
@@ -260,8 +269,8 @@ def coverage():
 def real(stem):
     """{(text, sparsity): {method: rows of all seeds}} of results/STEM-seed*.json."""
     found = {}
-    for path in sorted(RESULTS.glob(f"{stem}-seed*.json")):
-        for row in read_rows(path):
+    for path in sorted(RESULTS.glob(f"{stem}-seed[0-9].json")):
+        for row in read_rows(results(path.name)):
             key = row["test"], row["sparsity"]
             found.setdefault(key, {}).setdefault(row["method"], []).append(row)
     return found
@@ -320,7 +329,7 @@ def beside_evopress():
 # ------------------------------------------------------------------------ what compare.py wrote
 def comparison(name):
     """(inputs, rows) of results/compare-NAME.json."""
-    return read_comparison(RESULTS / f"compare-{name}.json")
+    return read_comparison(results(f"compare-{name}.json"))
 
 
 def requests_of(name):
@@ -512,7 +521,7 @@ def long_smollm2_says():
 
 # --------------------------------------------------------------------------- what bench.py wrote
 def sequential():
-    rows = read_json(RESULTS / "sequential-smollm2.json")["rows"]
+    rows = read_json(results("sequential-smollm2.json"))["rows"]
     keys = ("kl", "sequential_kl", "ppl", "sequential_ppl")
     digits = (4, 4, 2, 2)
     lines = [[f"{r['sparsity']:g}", *(f"{r[k]:.{n}f}" for k, n in zip(keys, digits))] for r in rows]
@@ -521,13 +530,13 @@ def sequential():
 
 
 def stages():
-    rows = read_json(RESULTS / "stages-smollm2.json")["rows"]
+    rows = read_json(results("stages-smollm2.json"))["rows"]
     lines = [[r["stage"], f"{r['ratio']:.2f}", r["against"], r["bar"]] for r in rows]
     return markdown(["stage", "ratio", "against", "bar"], lines)
 
 
 def slopes():
-    rows = read_json(RESULTS / "stages-smollm2.json")["slopes"]
+    rows = read_json(results("stages-smollm2.json"))["slopes"]
     lines = []
     for r in rows:
         times = ", ".join(f"{n}: {t:.4f}" for n, t in zip(r["sizes"], r["seconds"]))
@@ -537,7 +546,7 @@ def slopes():
 
 def counted():
     """Llama 2 on shapes alone: what each stage of prune.py touches, computes and holds."""
-    models = read_json(RESULTS / "counted-llama2.json")["models"]
+    models = read_json(results("counted-llama2.json"))["models"]
     lines = [
         [
             f"{model}, {r['stage']}",
@@ -594,14 +603,92 @@ BLOCKS = {
 }
 
 
+# -------------------------------------------------------------------------- where it comes from
+def source(name):
+    """How results/NAME was made: what its run recorded, over what results/sources.json says.
+
+    returns   "command", "commit", "inputs" (model, texts, digests, device, dtype, threads) and,
+              where they are known, "torch", "note", and "rerun" for checks/drift.py
+    """
+    known = read_json(RESULTS / "sources.json").get(name, {})
+    beside = (RESULTS / name).with_suffix(".provenance.json")
+    content = json.loads((beside if beside.exists() else RESULTS / name).read_text("utf-8"))
+    content = content if isinstance(content, dict) else {}
+    inputs = content.get("inputs", {})
+    recorded = inputs.get("provenance") or content.get("provenance") or content
+    made = {key: recorded[key] for key in ("command", "commit", "torch") if key in recorded}
+    threads = {"threads": recorded["threads"]} if "threads" in recorded else {}
+    return known | made | {"inputs": threads | inputs | known.get("inputs", {})}
+
+
+def digests(inputs):
+    """[(model or text, its digest or None where nobody noted it)] that a result depends on."""
+    pairs = [(inputs.get("data"), inputs.get("sha256")), *inputs.get("tests", {}).items()]
+    weights = [(inputs.get("model"), digest) for digest in inputs.get("weights", [])]
+    return [(name, digest) for name, digest in weights + pairs if name]
+
+
+def sentence(name):
+    """(the line of one results file under its tables, its commit)."""
+    made, seed = source(name), re.search(r"-seed(\d)\.json$", name)
+    command, inputs = made["command"], made["inputs"]
+    if seed:
+        command = command.replace(f"--seed {seed[1]}", "--seed N")
+    of = [f"{n} {d[:8] if d else '(hash unknown)'}" for n, d in digests(inputs)] or [
+        inputs["model"]
+    ]
+    how = ", ".join(f"{key} {inputs.get(key, 'unknown')}" for key in ("device", "dtype", "threads"))
+    torch = f", torch {made['torch']}" if "torch" in made else ""
+    note = f" ({made['note']})" if "note" in made else ""
+    said = f"made by `{command}` at COMMIT; {', '.join(of)}; {how}{torch}{note}"
+    return said, made["commit"] or "an unknown commit"
+
+
+def made_by(names):
+    """What made the results files `names`: a line for those of one command."""
+    groups = {}
+    for name in names:
+        said, commit = sentence(name)
+        groups.setdefault(said, {})[name] = commit
+    lines = []
+    for said, of in groups.items():
+        commits = " and ".join(dict.fromkeys(of.values()))
+        lines.append(f"{', '.join(of)}: {said.replace('COMMIT', commits)}.")
+    return "  \n".join(lines)
+
+
 # ------------------------------------------------------------------------------------ the pages
-def fill(page):
-    """The text of a page with every block made anew."""
+def block(name):
+    """A block's text, and the results files that it was made of."""
+    opened.clear()
+    return BLOCKS[name](), list(dict.fromkeys(opened))
+
+
+def files():
+    """The names of all results files."""
+    beside = ("sources.json", ".provenance.json")
+    return sorted(p.name for p in RESULTS.glob("*.json") if not p.name.endswith(beside))
+
+
+def used():
+    """{results file: the tables that it is in, as words}."""
+    found = {}
+    for name in BLOCKS:
+        text, made_of = block(name)
+        for file in made_of if text.startswith("| ") else ():
+            found.setdefault(file, []).append(name)
+    return {file: " ".join(names) for file, names in found.items()}
+
+
+def fill(page, sources=False):
+    """The text of a page with every block made anew; sources: what made a table stands under it."""
 
     def made(match):
         if match[1] not in BLOCKS:
             raise Refused(f"no table is called {match[1]}: tables.py has {', '.join(BLOCKS)}")
-        return f"<!-- table:{match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
+        text, files = block(match[1])
+        under = f"\n\n{made_by(files)}" if sources and text.startswith("| ") else ""
+        return f"<!-- table:{match[1]} -->\n{text}{under}\n<!-- end -->"
 
     return re.sub(r"<!-- table:([\w-]+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
 
@@ -609,9 +696,9 @@ def fill(page):
 def write():
     """Rewrite the blocks of both pages; returns the names of those that changed."""
     changed = []
-    for name in PAGES:
+    for name, sources in PAGES.items():
         page = (ROOT / name).read_text(encoding="utf-8")
-        filled = fill(page)
+        filled = fill(page, sources)
         if filled != page:
             write_text(ROOT / name, filled)
             changed.append(name)

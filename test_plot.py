@@ -4,21 +4,84 @@ Figures and tables: drawn from what a run wrote, and pages that say what results
 Run       pytest test_plot.py
 """
 
+import argparse
 import re
 import shutil
 
 import pytest
+import torch
 
 import plot
 import tables
+from checks import drift
 from conftest import ROOT, call, refuses
+from prune import F2, Pruner, prepare, sources
+from script import write_json
 
 
 @pytest.mark.parametrize("name", tables.PAGES)
 def test_every_table_of_a_page_is_what_results_say(name):
     page = (ROOT / name).read_text(encoding="utf-8")
-    assert tables.fill(page) == page, "python plot.py --tables makes them anew"
+    assert tables.fill(page, tables.PAGES[name]) == page, "python plot.py --tables makes them anew"
     assert "<!-- table:" in page
+
+
+def test_every_results_file_says_how_it_was_made_and_which_row_can_be_rerun():
+    assert tables.read_json(tables.RESULTS / "sources.json").keys() <= set(tables.files())
+    for name in tables.files():
+        made = tables.source(name)
+        assert re.fullmatch(r"[0-9a-f]{7,}", made["commit"]), "made with changes not committed"
+        assert made["command"].startswith("python ") and made["inputs"]["model"], name
+        for wanted in made["rerun"].get("rows", []) if isinstance(made["rerun"], dict) else ():
+            assert drift.picked(name, wanted)["kl"] > 0
+
+
+@pytest.fixture
+def results(small, text, tmp_path, monkeypatch):
+    """write(**changes): results/one.json, of two uniform rows of the small model and a strategy's,
+    the last with changes; nothing else is in results/.
+    """
+    words = {"model": small, "data": text, "test": None, "seqlen": None}
+    args = argparse.Namespace(**words, calibration=4, seed=0, tokens=64, dtype="float32")
+    setting = prepare(args, torch.device("cpu"), torch.float32, 2048)
+    pruner, (name, windows) = Pruner(setting.model, setting.calibration), *setting.held_out.items()
+    rows = []
+    for tokens, strategy in ((128, [0.5] * 3), (256, [0.5] * 3), (256, [0.2, 0.5, 0.7])):
+        row = {"method": "a", "test": name, "tokens": tokens, "sparsity": 0.5}
+        kl = F2(pruner, windows[: tokens // 128])(torch.tensor(strategy))
+        rows.append(row | {"kl": kl} | ({} if strategy[0] == 0.5 else {"strategy": strategy}))
+    wanted = [{"tokens": 128}, {"tokens": 256}, {"strategy": rows[2]["strategy"]}]
+    made = {"command": "python train.py", "commit": "1234567", "inputs": sources(args)}
+    write_json(
+        tmp_path / "sources.json",
+        {"one.json": made | {"rerun": {"calibration": 4, "rows": wanted}}},
+    )
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "BLOCKS", {})
+    return lambda **changes: write_json(
+        tmp_path / "one.json", [*rows[:2], rows[2] | changes], rows=True
+    )
+
+
+def test_check_passes_as_measured_and_reports_a_changed_number(results, small, text, capsys):
+    asked = ("--check", "--model", small, "--data", text)
+    for changes, code, verdicts in (({}, 0, "ok ok ok"), ({"kl": 0.9}, 1, "ok ok DRIFTED")):
+        results(**changes)
+        assert call(plot, *asked) == code
+        printed = capsys.readouterr().out
+        assert re.findall(r"%  (\w+)", printed) == verdicts.split(), printed
+    assert call(plot, "--check") == 0  # what cannot be measured here is said
+    assert "needs small: --model DIR --data text.py" in capsys.readouterr().out
+    assert call(plot, *asked[:-1], ROOT / "eval.py") == 0
+    assert "needs text.py" in capsys.readouterr().out
+
+
+def test_what_a_run_recorded_stands_over_what_is_written_by_hand(results, tmp_path):
+    results()
+    made = {"command": "python a.py", "commit": "7654321-dirty", "torch": "2", "threads": 3}
+    write_json(tmp_path / "one.provenance.json", made | {"inputs": {"model": "b"}})
+    said = tables.made_by(["one.json"])
+    assert "`python a.py` at 7654321-dirty" in said and "threads 3, torch 2." in said
 
 
 def test_every_flag_and_file_that_the_readme_names_is_there():

@@ -130,6 +130,9 @@ def test_prune_serves_wishes_of_every_kind_and_names_the_nearest_for_one_that_ca
         and "sparsity 0.9 has" in done.stderr
         and len(done.stderr.splitlines()) == 1
     )
+    made = json.loads((tmp_path / "table.provenance.json").read_text())
+    assert made["command"].startswith("python prune.py --no-refit --requests ")
+    assert (made["inputs"]["model"], made["inputs"]["calibration"]) == ("tiny", 8)
     assert "unmet" in table["never"] and not (tmp_path / "out" / "never").exists()
     assert 0.9 * 0.1 <= table["kl-0.1"]["kl"] <= 0.1
     assert 0.98 * 7e6 <= table["size-7MB"]["bytes"] <= 7e6

@@ -26,9 +26,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from curvature import damage_table, fit_curves
-from eval import Divergence, stdlib_files
-from llama import weight_files
-from prune import F2, METRICS, Pruner, prepare
+from eval import Divergence
+from prune import F2, METRICS, Pruner, prepare, sources, tests
 from script import (
     Journal,
     Parser,
@@ -39,9 +38,10 @@ from script import (
     choose_device,
     choose_tokens,
     locked,
+    provenance,
     run,
-    sha256,
     write_json,
+    write_provenance,
 )
 from unicuco import (
     Layout,
@@ -237,26 +237,6 @@ def show_predictions(log, rounds):
 
 
 # ---------------------------------------------------------------------------------- command line
-def sources(args):
-    """What every run depends on: model, text and windows. `args.dtype` is the chosen one."""
-    if args.data:
-        name, digest = args.data.name, sha256(args.data) if args.data.is_file() else None
-    else:
-        name = f"stdlib {platform.python_version()}"
-        digest = hashlib.sha256("".join(stdlib_files(False)).encode()).hexdigest()
-    return {
-        "model": args.model.resolve().name,
-        "weights": [sha256(path) for path in weight_files(args.model)],
-        "config": sha256(args.model / "config.json"),
-        "data": name,
-        "sha256": digest,
-        "tokens": args.tokens,
-        "calibration": args.calibration,
-        "seqlen": args.seqlen,
-        "dtype": args.dtype,
-    }
-
-
 def fingerprint(args):
     """What a search depends on: resuming with anything else is refused."""
     own = ("seed", "initial", "rounds", "batch", "mean", "granularity", "metric")
@@ -369,7 +349,7 @@ class Run:
     """One run of train.py: this process's device, whether it prints and writes, and its clock."""
 
     def __init__(self, args):
-        self.args, self.started = args, time.perf_counter()
+        self.args, self.started, self.made = args, time.perf_counter(), provenance()
         self.device, self.dtype, reason = choose_device(args.device, args.dtype)
         self.reason = choose_tokens(args, self.device, reason)
         self.first = join_processes()
@@ -447,6 +427,8 @@ def search_and_report(this, args):
     save_search(args.out, result, curves, about)
     texts = first_tokens(this.setting.held_out, args.test_tokens)
     rows = table(result.net, pruner, texts)
+    inputs = this.inputs | {"tests": tests(args), "device": str(this.device)}
+    write_provenance(args.out / "results.json", this.made | {"inputs": inputs})
     write_json(args.out / "results.json", rows, rows=True)
     this.report(result, rows, searched, inside)
 

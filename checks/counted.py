@@ -20,7 +20,7 @@ from model import Config, Llama, generate
 from offload import offload_blocks
 from prune import Pruner, activation_norms
 from refit import follow
-from script import TOKENS, write_json
+from script import TOKENS, provenance, write_json
 from simcuda import simulated
 
 SHAPES = {
@@ -94,7 +94,8 @@ def offloaded(config):
 
 
 def main():
-    results = {"tokens": TOKENS["cuda"], "calibration": CALIBRATION * SEQLEN, "models": {}}
+    results = {"provenance": provenance(), "tokens": TOKENS["cuda"]}
+    results |= {"calibration": CALIBRATION * SEQLEN, "models": {}}
     for name, config in SHAPES.items():
         rows, weights = resident(config)
         rows += offloaded(config)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from eval import Divergence
 from prune import Pruner, find_stratnet, prepare
 from request import STEP, Surrogate, by_divergence
-from script import TINY, write_json
+from script import TINY, provenance, write_json, write_provenance
 from unicuco import MAX, strategy_for
 
 WINDOWS = 64
@@ -104,6 +104,7 @@ def main():
             f" ± {row['error']:.3f}, KL {row['kl_over_budget']:.2f} of the budget"
         )
     if args.out:
+        write_provenance(args.out, provenance())
         write_json(args.out, rows, rows=True)
 
 

@@ -91,12 +91,12 @@ def check_prune(root, place, prune_line, before=lambda: None):
                 and table.exists() != failed
             ), (more, over, failed, left.keys())
             assert not table.exists() or json.loads(table.read_text())
-            assert {p.name for p in place.rglob("*")} <= {"out", "pruned", "table.json", *left}, (
-                list(place.rglob("*"))
-            )
+            expected = {"out", "pruned", "table.json", "table.provenance.json", *left}
+            assert {p.name for p in place.rglob("*")} <= expected, list(place.rglob("*"))
             stopped += failed
             shutil.rmtree(place / "out", ignore_errors=True)
-            table.unlink(missing_ok=True)
+            for path in place.glob("table.*"):
+                path.unlink()
     return runs, stopped
 
 
