@@ -229,7 +229,8 @@ def evopress(
     """EvoPress: (1 + lambda) evolution of one request, by KL.
 
     Selection in several steps on growing token counts, then the finalists and the parent on f2: of
-    16 children 4, then 2 with steps of a quarter and a half, 8 evaluations a generation.
+    16 children 4, then 2 with steps of a quarter and a half, 8 evaluations a generation. (The
+    authors': of 64 children 8, then 2, on 1/32, a quarter and all of 65,536 tokens.)
     f2          strategy -> KL on all search tokens
     steps       [(objective, survivors)], fewest tokens first; an objective is f2 on 1 /
                 objective.share of the tokens, of its survivors the next step chooses
@@ -237,8 +238,8 @@ def evopress(
     groups      None: any two places switch levels; else index tensors of places of equal size
     snapshots   smaller budgets whose best strategy is wanted too
     returns     {budget: (strategy (d,), seconds until then)}
-    Left out: a database of pruned layers (any level costs nothing here); other tokens for every
-    generation (a parent's KL is then known, not measured again).
+    Left out: a database of pruned layers (any level costs nothing here); that no two children are
+    equal; other tokens for every generation (here a parent's KL is known, not measured again).
     """
     g = torch.Generator().manual_seed(seed)
     started = time.perf_counter()

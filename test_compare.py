@@ -795,5 +795,7 @@ def test_every_method_is_refitted_and_sparsegpt_stands_beside_them(small, text, 
         if (r["method"], r["sparsity"], r["text"]) in plain:
             before = plain[r["method"], r["sparsity"], r["text"]]
             assert abs(r["counted"] - before["counted"]) < 0.01 and r["kl"] != before["kl"]
+    at_half = [r["kl"] for r in mine if r["sparsity"] == 0.5]
+    assert len(at_half) == len({*at_half}) == 10  # each with its own masks
     table = report.refitted_table(rows)
     assert len(table) == 3 * 10 and all(x == 1 for x in table[0]["ratio"])
