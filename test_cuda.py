@@ -13,6 +13,7 @@ import torch
 import bench
 import eval as eval_module
 import prune
+import script
 import simcuda
 import train
 from checks.counted import empty_model
@@ -346,6 +347,21 @@ def test_train_measures_on_cuda_what_it_measures_on_the_cpu(small, text, tmp_pat
     assert not log.races
     here, there = (json.loads((tmp_path / d / "results.json").read_text()) for d in ("cpu", "cuda"))
     assert [r | {"seconds": 0} for r in here] == [r | {"seconds": 0} for r in there]
+
+
+@pytest.mark.parametrize("module", [prune, train])
+def test_commands_print_how_many_tokens_measure_on_a_gpu_and_why(
+    small, text, tmp_path, monkeypatch, capsys, module
+):
+    monkeypatch.setitem(script.TOKENS, "cuda", 96)
+    monkeypatch.setattr(train, "search_and_report", lambda run, args: run.greet())
+    own = ("--uniform", "--sparsity", 0.5, "--no-refit", "--dry-run") if module is prune else ()
+    words = ("--model", small, "--data", text, "--out", tmp_path / "out", "--device", "cuda")
+    with simulated():
+        assert call(module, *words, "--calibration", 2, "--seqlen", 32, *own) == 0
+    said = capsys.readouterr().out
+    assert "; --tokens 96, for measuring is cheap there)" in said
+    assert "f2 96 tokens" in said or "measured on 96 of" in said
 
 
 def measure_two(measure, layout, settings, seed, curves, show):
