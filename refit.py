@@ -167,30 +167,34 @@ def follow(pruner, masks, windows, dtypes=None, **solver):
     solver    steps, damping: see `least_squares`
     returns   {parameter name: values (d_out, d_in)} on the CPU, for `save_llama`
     """
-    model, values = pruner.model, {}
     pruner.restore()
+    with pruner.parked():
+        return refit_blocks(pruner, masks, windows, dtypes or {}, solver)
+
+
+def refit_blocks(pruner, masks, windows, dtypes, solver):
+    """`follow` from a dense model; a function, so that all its states are gone when it ends."""
+    model, values = pruner.model, {}
     rotary = model.rotary(windows.shape[1])
     pruned = [model.embed(w) for w in batches(windows.to(model.embed.weight.device))]
     dense = list(pruned)
-    bar = tqdm(model.blocks, desc="refitting", disable=None, leave=False)
-    with pruner.parked():
-        for i, block in enumerate(bar):
-            wanted = [Wanted(block, h, rotary) for h in dense]
-            walks = [block.walk(h, rotary) for h in pruned]
-            dense.clear(), pruned.clear()  # let go: at 7 billion weights every list takes 0.3 GB
-            for group, members in enumerate(GROUPS):
-                linears = [block.get_submodule(LINEARS[j]) for j in members]
-                H, C = normal_equations(walks, wanted, group, linears[0].bias)
-                for j, linear in zip(members, linears):
-                    name, W = pruner.names[i][j], linear.weight
-                    kept, dtype = masks.get(name), (dtypes or {}).get(name, W.dtype)
-                    if kept is not None:
-                        V = refit_matrix(W, kept, H, C, group, dtype, **solver)
-                        pruner.live[i][j].copy_(V)
-                        W.copy_(V)  # another, where blocks are offloaded: their room there
-                        values[name] = V.cpu()
-                del H, C
-            pruned = [next(walk)[1] for walk in walks]
-            dense = [want.output for want in wanted]
-            walks.clear(), wanted.clear()
+    for i, block in enumerate(tqdm(model.blocks, desc="refitting", disable=None, leave=False)):
+        wanted = [Wanted(block, h, rotary) for h in dense]
+        walks = [block.walk(h, rotary) for h in pruned]
+        dense.clear(), pruned.clear()  # let go: at 7 billion weights every list takes 0.3 GB
+        for group, members in enumerate(GROUPS):
+            linears = [block.get_submodule(LINEARS[j]) for j in members]
+            H, C = normal_equations(walks, wanted, group, linears[0].bias)
+            for j, linear in zip(members, linears):
+                name, W = pruner.names[i][j], linear.weight
+                kept, dtype = masks.get(name), dtypes.get(name, W.dtype)
+                if kept is not None:
+                    V = refit_matrix(W, kept, H, C, group, dtype, **solver)
+                    pruner.live[i][j].copy_(V)
+                    W.copy_(V)  # another, where blocks are offloaded: their room there
+                    values[name] = V.cpu()
+            del H, C
+        pruned = [next(walk)[1] for walk in walks]
+        dense = [want.output for want in wanted]
+        walks.clear(), wanted.clear()
     return values

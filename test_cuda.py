@@ -218,17 +218,26 @@ def test_ranks_on_cuda_are_those_of_the_cpu_ties_and_chunks_included(monkeypatch
             assert rank(score.to(CUDA)).tolist() == wanted
 
 
-def test_a_refit_lets_go_of_what_it_used_and_parks_dense_copies_meanwhile():
+def test_a_refit_lets_go_of_what_it_used_and_parks_dense_copies_meanwhile(monkeypatch):
+    held, parked = [], Pruner.parked
+
+    @contextlib.contextmanager
+    def watched(pruner):
+        with parked(pruner):
+            yield held.append(log.held)
+            held.append(log.held)
+
+    monkeypatch.setattr(Pruner, "parked", watched)
     config = Config(512, 1024, 2752, 2, 8, 8, 128)  # a quarter of the width of Llama-2-7B
     windows = torch.zeros(16, 512, dtype=torch.long)
     with simulated(values=False, answer=1.0) as log:
         pruner = Pruner(empty_model(config, CUDA), windows)
         resident, dense = log.held, sum(W.nbytes for W in pruner.dense[0])
-        with pruner.parked():
-            assert log.held == resident - dense  # of one block, of the first four
         with log.at("refit"):
             follow(pruner, pruner.masks([0.5] * 2), windows)
         assert log.held == resident
+    # of one block, the first of four: when the others come back, nothing of the refit is left
+    assert held == [resident - dense] * 2
     # at down, the largest: both streams, its inputs, the sums, what solving for all rows takes
     streams, x, H, W = 2 * 2 * 16 * 512 * 1024, 2 * 16 * 512 * 2752, 4 * 2752**2, 4 * 1024 * 2752
     assert log.peaks["refit"] - (resident - dense) < streams + x + H + 11 * W
