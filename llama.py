@@ -375,7 +375,8 @@ def pruned_tensors(path, names, live, masks, values, packed):
     Where the masks are; on CUDA with one wait, for all of them are copied into pinned memory.
     """
     tensors, counts, device = {}, {}, next(iter(live.values())).device
-    back = lambda tensor: tensor.to("cpu", non_blocking=True)  # pinned, as torch makes it then
+    # into pinned memory: TensorConversions.cpp, pin_out
+    back = lambda tensor: tensor.to("cpu", non_blocking=True)
     for name, value in read_tensors(path, names, {n: p.shape[-1] for n, p in live.items()}):
         value = values.get(name, value)
         kept = None if masks is None else masks.get(name)

@@ -70,8 +70,8 @@ from script import (
 from unicuco import Layout, Trained, cap_divergence, load_stratnet, strategy_for, trained_on_prior
 
 CHUNK = 2**21  # weights ranked at once: their 64-bit keys take 16 MB
-PARKED = 4  # one dense copy in four: at 7 billion weights 3.2 GB, of which a refit takes 2.4
 CUDA_CHUNK = 2**24  # and on CUDA, where every chunk is a launch: scores and places, 200 MB
+PARKED = 4  # one dense copy in four: at 7 billion weights 3.2 GB, of which a refit takes 2.4
 
 
 # --------------------------------------------------------------------------------- scores and ranks
@@ -169,7 +169,8 @@ def write_pruned(W, ranks, threshold, out):
 
 def write_on_cuda(bits, ranks, threshold, out):
     """`write_pruned` of weights as whole numbers, in one kernel: the gradient of ReLU is 0 where
-    ranks <= threshold - 1, else `bits`. 6 bytes a weight; a mask and `where` would take 8.
+    ranks <= threshold - 1, else `bits`. 6 bytes a weight; a mask and `where` would take 8. PyTorch
+    has it for int16 on CUDA, too: ActivationThresholdKernel.cu, AT_DISPATCH_ALL_TYPES_AND2.
     """
     if ranks.element_size() > bits.element_size():  # it would cut the ranks to 16 bits
         torch.where(ranks >= threshold, bits, 0, out=out)

@@ -236,24 +236,28 @@ def follow(pruner, wishes, windows, dtypes=None, steps=STEPS, damping=DAMPING):
               are used; default: as computed
     returns   {parameter name: values (d_out, d_in)} on the CPU, for `save_llama`
     """
-    model, values = pruner.model, {}
     pruner.restore()
+    with pruner.parked():
+        return refit_blocks(pruner, wishes, windows, dtypes or {}, steps, damping)
+
+
+def refit_blocks(pruner, wishes, windows, dtypes, steps, damping):
+    """`follow` from a dense model; a function, so that all its states are gone when it ends."""
+    model, values = pruner.model, {}
     rotary = model.rotary(windows.shape[1])
     pruned = [model.embed(w) for w in batches(windows.to(model.embed.weight.device))]
     dense = list(pruned)
-    bar = tqdm(model.blocks, desc="refitting", disable=None, leave=False)
-    with pruner.parked():
-        for i, block in enumerate(bar):
-            wanted = [Wanted(block, h, rotary) for h in dense]
-            walks = [block.walk(h, rotary) for h in pruned]
-            dense.clear(), pruned.clear()  # let go: at 7 billion weights every list takes 0.3 GB
-            for group, members in enumerate(GROUPS):
-                linears = {j: block.get_submodule(LINEARS[j]) for j in members}
-                bias = linears[members[0]].bias
-                normal = Normal(*normal_equations(walks, wanted, group, bias), group, damping)
-                values |= refit_group(pruner, i, linears, normal, wishes, dtypes or {}, steps)
-                del normal
-            pruned = [next(walk)[1] for walk in walks]
-            dense = [want.output for want in wanted]
-            walks.clear(), wanted.clear()
+    for i, block in enumerate(tqdm(model.blocks, desc="refitting", disable=None, leave=False)):
+        wanted = [Wanted(block, h, rotary) for h in dense]
+        walks = [block.walk(h, rotary) for h in pruned]
+        dense.clear(), pruned.clear()  # let go: at 7 billion weights every list takes 0.3 GB
+        for group, members in enumerate(GROUPS):
+            linears = {j: block.get_submodule(LINEARS[j]) for j in members}
+            bias = linears[members[0]].bias
+            normal = Normal(*normal_equations(walks, wanted, group, bias), group, damping)
+            values |= refit_group(pruner, i, linears, normal, wishes, dtypes, steps)
+            del normal
+        pruned = [next(walk)[1] for walk in walks]
+        dense = [want.output for want in wanted]
+        walks.clear(), wanted.clear()
     return values

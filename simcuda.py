@@ -388,10 +388,15 @@ def transfer(source, target, waits):
     return target
 
 
+def room_for_none(like):
+    """A shape alone, of host memory: one number, and a storage of its own."""
+    return torch.full((), NOW.device.answer).to(like.dtype).expand(like.shape)
+
+
 def pin(tensor):
     if isinstance(tensor, Sim):
         raise Mismatch(f"only CPU tensors can be pinned, at {site()}")
-    pinned = tensor.detach().clone()
+    pinned = tensor.detach().clone() if NOW.device.values else room_for_none(tensor)
     NOW.pinned[storage_of(pinned)] = pinned
     watch(pinned, "pinned memory")
     return pinned
@@ -410,7 +415,7 @@ def fetch(sim, dtype, no_wait):
     if NOW.device.values:
         target = torch.empty(sim.shape, dtype=dtype)
     else:
-        target = torch.tensor(NOW.device.answer).to(dtype).expand(sim.shape)
+        target = room_for_none(sim.elem.to(dtype))
     return transfer(sim.to(dtype), pin(target) if no_wait else target, not no_wait)
 
 

@@ -13,6 +13,7 @@ import torch
 import bench
 import eval as eval_module
 import prune
+import script
 import simcuda
 import train
 from checks.counted import empty_model
@@ -217,17 +218,26 @@ def test_ranks_on_cuda_are_those_of_the_cpu_ties_and_chunks_included(monkeypatch
             assert rank(score.to(CUDA)).tolist() == wanted
 
 
-def test_a_refit_lets_go_of_what_it_used_and_parks_dense_copies_meanwhile():
+def test_a_refit_lets_go_of_what_it_used_and_parks_dense_copies_meanwhile(monkeypatch):
+    held, parked = [], Pruner.parked
+
+    @contextlib.contextmanager
+    def watched(pruner):
+        with parked(pruner):
+            yield held.append(log.held)
+            held.append(log.held)
+
+    monkeypatch.setattr(Pruner, "parked", watched)
     config = Config(512, 1024, 2752, 2, 8, 8, 128)  # a quarter of the width of Llama-2-7B
     windows = torch.zeros(16, 512, dtype=torch.long)
     with simulated(values=False, answer=1.0) as log:
         pruner = Pruner(empty_model(config, CUDA), windows)
         resident, dense = log.held, sum(W.nbytes for W in pruner.dense[0])
-        with pruner.parked():
-            assert log.held == resident - dense  # of one block, of the first four
         with log.at("refit"):
             follow(pruner, pruner.masks([0.5] * 2), windows)
         assert log.held == resident
+    # of one block, the first of four: when the others come back, nothing of the refit is left
+    assert held == [resident - dense] * 2
     # at down, the largest: both streams, its inputs, the sums, what solving for all rows takes
     streams, x, H, W = 2 * 2 * 16 * 512 * 1024, 2 * 16 * 512 * 2752, 4 * 2752**2, 4 * 1024 * 2752
     assert log.peaks["refit"] - (resident - dense) < streams + x + H + 11 * W
@@ -346,6 +356,21 @@ def test_train_measures_on_cuda_what_it_measures_on_the_cpu(small, text, tmp_pat
     assert not log.races
     here, there = (json.loads((tmp_path / d / "results.json").read_text()) for d in ("cpu", "cuda"))
     assert [r | {"seconds": 0} for r in here] == [r | {"seconds": 0} for r in there]
+
+
+@pytest.mark.parametrize("module", [prune, train])
+def test_commands_print_how_many_tokens_measure_on_a_gpu_and_why(
+    small, text, tmp_path, monkeypatch, capsys, module
+):
+    monkeypatch.setitem(script.TOKENS, "cuda", 96)
+    monkeypatch.setattr(train, "search_and_report", lambda run, args: run.greet())
+    own = ("--uniform", "--sparsity", 0.5, "--no-refit", "--dry-run") if module is prune else ()
+    words = ("--model", small, "--data", text, "--out", tmp_path / "out", "--device", "cuda")
+    with simulated():
+        assert call(module, *words, "--calibration", 2, "--seqlen", 32, *own) == 0
+    said = capsys.readouterr().out
+    assert "; --tokens 96, for measuring is cheap there)" in said
+    assert "f2 96 tokens" in said or "measured on 96 of" in said
 
 
 def measure_two(measure, layout, settings, seed, curves, show):
