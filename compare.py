@@ -42,7 +42,7 @@ from baselines import (
 from curvature import cost_in_tokens
 from eval import TASKS, all_prompts, cut, read_rows, zero_shot
 from model import LINEARS
-from prune import F2, Pruner, Setting, prepare, sources, tests
+from prune import F2, Masks, Pruner, Setting, prepare, sources, tests
 from refit import follow
 from report import (
     ENDS,
@@ -457,6 +457,13 @@ def refitted_all(run, answers, texts, owned):
 SPARSEGPT = ("SparseGPT, Wanda's masks", "SparseGPT, its masks")
 
 
+def counts_of(masks):
+    """How many weights of each row go, {parameter name: int or (d_out,)}: the refit says which."""
+    if isinstance(masks, Masks):
+        return masks.counts()
+    return {name: (~kept).sum(1) for name, kept in masks.items()}
+
+
 def refitted(run, answer, readers, owned):
     """{text: tokens, counted sparsity, KL and perplexity} of one answer after its refit."""
     pruner, windows = run.pruner, run.setting.calibration
@@ -466,7 +473,7 @@ def refitted(run, answer, readers, owned):
         own = answer["method"] == SPARSEGPT[1]
         sparsegpt(pruner, windows, answer["sparsity"], None if own else masks)
     else:
-        follow(pruner, masks, windows)
+        follow(pruner, counts_of(masks), windows)
     seconds, counted = time.perf_counter() - started, pruner.zeros()
     return {
         text: {

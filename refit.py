@@ -74,9 +74,20 @@ def least_squares(W, kept, H, C, lam, steps=STEPS):
     return conjugate_gradients(W, kept, H, C + lam * W, steps)
 
 
+def without_lowest(cost, count):
+    """True but for the `count` lowest of each row of cost (d_out, d_in): an int, or one for each
+    row, (d_out,).
+    """
+    most = count if isinstance(count, int) else int(count.max())
+    gone = cost.topk(most, largest=False).indices
+    each = count if isinstance(count, int) else count[:, None]
+    goes = torch.arange(most, device=cost.device) < each
+    return torch.ones_like(cost, dtype=torch.bool).scatter_(1, gone, ~goes.expand_as(gone))
+
+
 def choose(W, drop, H, inverse, C, lam, stages=STAGES):
     """The mask (d_out, d_in), True = kept, whose refit will lose little: `drop` weights of each row
-    go, in `stages`.
+    go, int or (d_out,), in `stages`.
 
     From the solution without a mask, weights go that cost least once the others make it good,
     v_j^2 / [H^-1]_jj; after each stage but the last the rest is solved again.
@@ -86,8 +97,7 @@ def choose(W, drop, H, inverse, C, lam, stages=STAGES):
     V, kept = C @ inverse, torch.ones_like(W, dtype=torch.bool)
     for stage in range(1, stages + 1):
         cost = torch.where(kept, V**2 / inverse.diagonal(), -1)  # what is gone stays gone
-        gone = cost.topk(drop * stage // stages, largest=False, sorted=False).indices
-        kept = torch.ones_like(kept).scatter_(1, gone, False)
+        kept = without_lowest(cost, drop * stage // stages)
         if stage < stages:
             V = conjugate_gradients(V, kept, H, C, BETWEEN)
     return kept
@@ -194,10 +204,13 @@ class Normal:
 
     def solve(self, W, wish, dtype, steps=STEPS):
         """The new values (d_out, d_in) of a dense matrix W, in `dtype`; wish: its mask, or how many
-        weights of each row go.
+        weights of each row go, int or (d_out,).
         """
-        counted = isinstance(wish, int)
-        kept = itertools.repeat(wish) if counted else in_rows(wish.to(self.H.device))
+        counted = isinstance(wish, int) or wish.ndim == 1
+        if isinstance(wish, int):
+            kept = itertools.repeat(wish)
+        else:
+            kept = wish.to(self.H.device).split(len(in_rows(W)[0]))
         targets = itertools.repeat(self.C) if self.shared else in_rows(self.C)
         pieces = []
         for w, k, target in zip(in_rows(W), kept, targets):
@@ -231,7 +244,7 @@ def follow(pruner, wishes, windows, dtypes=None, steps=STEPS, damping=DAMPING):
     (n, T).
 
     wishes    {parameter name: bool (d_out, d_in), True = kept}; or how many weights of each row
-              go, int, of which `choose` then says which; a matrix that is not named stays dense
+              go, int or (d_out,), and `choose` says which; a matrix that is not named stays dense
     dtypes    {parameter name: dtype} of the source's files, to which values are rounded before they
               are used; default: as computed
     returns   {parameter name: values (d_out, d_in)} on the CPU, for `save_llama`

@@ -110,6 +110,18 @@ def test_among_correlated_inputs_the_chosen_mask_is_near_the_best_and_ahead_of_w
     assert best < chosen < 1.15 * best and chosen < 0.85 * wanda  # 1.11 and 0.78
 
 
+def test_rows_may_lose_different_counts_and_each_is_chosen_as_if_all_lost_as_many():
+    W, _, x, _ = problem(6, 12)
+    H = x.T @ x
+    counts = torch.tensor([0, 3, 12, 5, 8, 3])
+    kept = chosen_mask(W, H, counts)
+    for row, count in enumerate(counts.tolist()):
+        assert torch.equal(kept[row], chosen_mask(W, H, count)[row])
+    normal = refit.Normal(H.clone(), H, group=0)
+    V = normal.solve(W, counts, torch.float32)
+    assert torch.equal(V != 0, kept)
+
+
 def test_inputs_that_are_all_zero_or_few_leave_a_mask_of_the_right_count():
     W, _, x, _ = problem()
     for rank in (0, 1, 5):
