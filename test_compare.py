@@ -184,6 +184,7 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
     words = ("--requests", 16, "--seeds", 2, "--methods", *METHODS)
     assert call(compare, *options(small, text, tmp_path), *words) == 0
     inputs, rows = read(tmp_path)
+    assert inputs["provenance"]["command"].startswith("python compare.py --model ")
     table = {r["method"]: r for r in compare.requests_table(rows, inputs)}
     assert {"uniform", "EvoPress, 8 each", *METHODS.values()} - {
         "EvoPress",
