@@ -202,7 +202,7 @@ def test_a_model_that_pruning_cannot_change_ends_with_a_table_of_zeros(
     assert len(rows) == 12 and all(r["kl"] == 0 for r in rows)
     made = json.loads((tmp_path / "out" / "results.provenance.json").read_text())
     assert made["command"].startswith("python train.py --model ") and made["threads"] >= 1
-    assert made["inputs"]["weights"] == [llama.sha256(folder / "model.safetensors")]
+    assert made["inputs"]["weights"] == [script.sha256(folder / "model.safetensors")]
     last = capsys.readouterr().out.splitlines()[-1]
     assert "below uniform's at no sparsity; not at 0.2 (+0.0 %)" in last
 
