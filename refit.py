@@ -200,7 +200,8 @@ class Normal:
 
     @cached_property
     def inverse(self):
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.H))
+        # damped, H is positive definite: cholesky_ex does not wait on CUDA to see whether it was
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(self.H).L)
 
     def solve(self, W, wish, dtype, steps=STEPS):
         """The new values (d_out, d_in) of a dense matrix W, in `dtype`; wish: its mask, or how many

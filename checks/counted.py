@@ -73,7 +73,7 @@ def resident(config):
         with log.at("f2"):
             divergence.measure()
         with log.at("refit"):
-            follow(pruner, pruner.masks([0.5] * blocks), windows)
+            follow(pruner, pruner.masks([0.5] * blocks).counts(), windows)
         with log.at("generate a token"):
             list(generate(model, [1], 1))
         weights = sum(W.numel() for block in pruner.dense for W in block)
