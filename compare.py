@@ -259,7 +259,7 @@ def by_evopress(run, method, matrices=False):
     budgets = halved(whole)
     found = {}
     for s in run.args.served:
-        key = f"{run.args.seed} {method} {s}"
+        key = f"{run.args.seed} {method} {s}, three steps"  # of earlier journals: two
         found[s] = run.journal(key, partial(evolved, run, s, budgets, matrices))
     return [
         answer(run, f"{method}, {b} each", s, found[s][str(b)])
