@@ -24,7 +24,7 @@ from gp import GaussianProcess
 from llama import pack, unpack
 from model import LINEARS, Config, Llama
 from prune import Pruner, activation_norms, prepare, rank, sources, tests, wanda
-from refit import GROUPS, STEPS, follow, gram
+from refit import BETWEEN, GROUPS, STAGES, STEPS, follow, gram
 from script import (
     Parser,
     add_model,
@@ -180,19 +180,24 @@ def time_evaluation(table, model, windows):
 
 
 def refit_products(pruner, tokens):
-    """The matrix products of one refit, on random numbers, and nothing else: for each group H and
-    C; for each matrix both forward passes and one product with H a step, and one more.
+    """The matrix products of one refit, on random numbers, and nothing else: for each group H, C
+    and the inverse of H; for each matrix both forward passes, the solution without a mask, and one
+    product with H a step and a start, of every solve.
     """
     random = {W.shape[1]: torch.randn(tokens, W.shape[1]) for W in pruner.dense[0]}
     random |= {W.shape[0]: torch.randn(tokens, W.shape[0]) for W in pruner.dense[0]}
     device = pruner.dense[0][0].device
     random = {width: x.to(device) for width, x in random.items()}
 
+    solves = STEPS + 1 + (STAGES - 1) * (BETWEEN + 1)
+
     def products():
         for block in pruner.dense:
             for group, members in enumerate(GROUPS):
                 x = random[block[members[0]].shape[1]]
                 H = gram(x)
+                H.diagonal().add_(1.0)
+                torch.cholesky_inverse(torch.linalg.cholesky_ex(H).L)
                 y = random[block[members[0]].shape[0]] if group % 2 else x
                 y.T @ x
                 for W in (block[j] for j in members):
@@ -200,7 +205,7 @@ def refit_products(pruner, tokens):
                     for _ in range(2):
                         low @ W.T
                     full = W.float()
-                    for _ in range(STEPS + 1 + (group % 2 == 0)):
+                    for _ in range(solves + 1 + (group % 2 == 0)):
                         full @ H
 
     return products
@@ -208,9 +213,9 @@ def refit_products(pruner, tokens):
 
 def time_refit(table, pruner, windows):
     """One refit of the whole model against its matrix products."""
-    masks = pruner.masks([0.5] * len(pruner.live))
+    wishes = pruner.masks([0.5] * len(pruner.live)).counts()
     products = refit_products(pruner, windows.numel())
-    whole, floor = race(lambda: follow(pruner, masks, windows), products, repeats=1)
+    whole, floor = race(lambda: follow(pruner, wishes, windows), products, repeats=1)
     table.add(
         f"refit survivors, {windows.numel()} tokens",
         "its bare matrix products / ours",
