@@ -24,6 +24,7 @@ from model import LINEARS
 
 STEPS = 8  # of conjugate gradients: within 3 % of the exact solution's error
 DAMPING = 0.1  # of the mean diagonal of H: how strongly survivors are held to their old values
+LEAD = 0.5  # how far the target leads from W x, x the refitted model's, to the dense model's output
 STAGES = 4  # in which a row loses its weights, where the refit chooses them
 BETWEEN = 3  # steps of conjugate gradients between two stages
 SOLVED = 2**23  # weights of a matrix solved for at once: about ten times 34 MB live meanwhile
@@ -40,9 +41,11 @@ def damp(H, damping=DAMPING):
 
 
 def conjugate_gradients(V, kept, H, C, steps):
-    """`steps` from V * kept towards (V H)[kept] = C[kept]: (d_out, d_in) float32, +0.0 outside
-    `kept`.
+    """`steps` from V * kept towards (V H)[kept] = C[kept]: argmin_V ||x V^T - y||^2 + lam ||V -
+    W||^2 over V that is 0 outside `kept`, (d_out, d_in) float32, +0.0 there.
 
+    V, C      (d_out, d_in) float32, C = y^T x + lam W;  kept: (d_out, d_in) bool;  H: (d_in, d_in)
+              float32, as `damp` left it
     The equations of two rows differ by their masks alone: so all go together, one product with H a
     step, preconditioned by 1 / diag.
     """
@@ -64,16 +67,6 @@ def conjugate_gradients(V, kept, H, C, steps):
     return torch.where(kept, V, 0)  # V * kept left -0.0 where a negative weight went
 
 
-def least_squares(W, kept, H, C, lam, steps=STEPS):
-    """argmin_V ||x V^T - y||^2 + lam ||V - W||^2 over V that is 0 outside `kept`.
-
-    W, C      (d_out, d_in) float32;  kept: (d_out, d_in) bool;  H: (d_in, d_in) float32, positive
-              definite, as `damp` left it and its lam
-    returns   (d_out, d_in) float32, +0.0 where nothing is kept; W there, where inputs are all zero
-    """
-    return conjugate_gradients(W, kept, H, C + lam * W, steps)
-
-
 def without_lowest(cost, count):
     """True but for the `count` lowest of each row of cost (d_out, d_in): an int, or one for each
     row, (d_out,).
@@ -85,16 +78,15 @@ def without_lowest(cost, count):
     return torch.ones_like(cost, dtype=torch.bool).scatter_(1, gone, ~goes.expand_as(gone))
 
 
-def choose(W, drop, H, inverse, C, lam, stages=STAGES):
+def choose(drop, H, inverse, C, stages=STAGES):
     """The mask (d_out, d_in), True = kept, whose refit will lose little: `drop` weights of each row
     go, int or (d_out,), in `stages`.
 
     From the solution without a mask, weights go that cost least once the others make it good,
     v_j^2 / [H^-1]_jj; after each stage but the last the rest is solved again.
-    inverse   of H;  the others: as in `least_squares`
+    inverse   of H;  H and C: as in `conjugate_gradients`
     """
-    C = C + lam * W
-    V, kept = C @ inverse, torch.ones_like(W, dtype=torch.bool)
+    V, kept = C @ inverse, torch.ones_like(C, dtype=torch.bool)
     for stage in range(1, stages + 1):
         cost = torch.where(kept, V**2 / inverse.diagonal(), -1)  # what is gone stays gone
         kept = without_lowest(cost, drop * stage // stages)
@@ -192,11 +184,18 @@ class Normal:
 
     H, C      as `normal_equations` made them;  group: 1 and 3 have C for their one matrix, the
               others for W: then W C is what it needs
+    lead      0: aim at W x, which makes good this matrix's own loss alone; 1: at the dense model's
+              output, which makes good what all before it lost too, and learns the windows by heart
     """
 
-    def __init__(self, H, C, group, damping=DAMPING):
-        self.H, self.C, self.shared = H, C, group % 2 == 0
+    def __init__(self, H, C, group, damping=DAMPING, lead=LEAD):
+        self.H, self.C, self.shared, self.lead = H, C, group % 2 == 0, lead
         self.lam = damp(H, damping)
+
+    def target(self, W, C):
+        """y^T x + lam W (d_out, d_in) of some rows of a dense matrix, W float32, and their C."""
+        C = W @ C if self.shared else C
+        return self.lead * (C + self.lam * W) + (1 - self.lead) * (W @ self.H)
 
     @cached_property
     def inverse(self):
@@ -215,11 +214,10 @@ class Normal:
         targets = itertools.repeat(self.C) if self.shared else in_rows(self.C)
         pieces = []
         for w, k, target in zip(in_rows(W), kept, targets):
-            full = w.float()
-            target = full @ target if self.shared else target
+            target = self.target(w.float(), target)
             if counted:
-                k = choose(full, k, self.H, self.inverse, target, self.lam)
-            V = least_squares(full, k, self.H, target, self.lam, steps)
+                k = choose(k, self.H, self.inverse, target)
+            V = conjugate_gradients(w.float(), k, self.H, target, steps)
             pieces.append(storable(V, w, dtype))
         return torch.cat(pieces)
 
@@ -240,7 +238,7 @@ def refit_group(pruner, i, linears, normal, wishes, dtypes, steps):
 
 
 @torch.inference_mode()
-def follow(pruner, wishes, windows, dtypes=None, steps=STEPS, damping=DAMPING):
+def follow(pruner, wishes, windows, dtypes=None, steps=STEPS, damping=DAMPING, lead=LEAD):
     """Prune the model as wished and refit what survives, block by block, on calibration windows
     (n, T).
 
@@ -248,14 +246,15 @@ def follow(pruner, wishes, windows, dtypes=None, steps=STEPS, damping=DAMPING):
               go, int or (d_out,), and `choose` says which; a matrix that is not named stays dense
     dtypes    {parameter name: dtype} of the source's files, to which values are rounded before they
               are used; default: as computed
+    damping, lead   see `damp` and `Normal`
     returns   {parameter name: values (d_out, d_in)} on the CPU, for `save_llama`
     """
     pruner.restore()
     with pruner.parked():
-        return refit_blocks(pruner, wishes, windows, dtypes or {}, steps, damping)
+        return refit_blocks(pruner, wishes, windows, dtypes or {}, steps, (damping, lead))
 
 
-def refit_blocks(pruner, wishes, windows, dtypes, steps, damping):
+def refit_blocks(pruner, wishes, windows, dtypes, steps, how):
     """`follow` from a dense model; a function, so that all its states are gone when it ends."""
     model, values = pruner.model, {}
     rotary = model.rotary(windows.shape[1])
@@ -268,7 +267,7 @@ def refit_blocks(pruner, wishes, windows, dtypes, steps, damping):
         for group, members in enumerate(GROUPS):
             linears = {j: block.get_submodule(LINEARS[j]) for j in members}
             bias = linears[members[0]].bias
-            normal = Normal(*normal_equations(walks, wanted, group, bias), group, damping)
+            normal = Normal(*normal_equations(walks, wanted, group, bias), group, *how)
             values |= refit_group(pruner, i, linears, normal, wishes, dtypes, steps)
             del normal
         pruned = [next(walk)[1] for walk in walks]

@@ -32,13 +32,13 @@ def problem(rows=5, columns=12, tokens=200, seed=0):
 
 
 def solved(W, kept, H, C, steps=refit.STEPS):
-    return refit.Normal(H.clone(), C, group=1).solve(W, kept, torch.float32, steps)
+    return refit.Normal(H.clone(), C, 1, lead=1.0).solve(W, kept, torch.float32, steps)
 
 
 def chosen_mask(W, H, drop):
     """Of `drop` weights a row, aiming at W's own outputs."""
     normal = refit.Normal(H.clone(), H, group=0)
-    return refit.choose(W, drop, normal.H, normal.inverse, W @ H, normal.lam)
+    return refit.choose(drop, normal.H, normal.inverse, W @ normal.H)
 
 
 def test_enough_steps_solve_the_normal_equations_of_every_row_exactly():
@@ -52,6 +52,19 @@ def test_enough_steps_solve_the_normal_equations_of_every_row_exactly():
         b = (C + lam * W)[row, k].double()
         assert relative(V[row, k].double(), torch.linalg.solve(A, b)) < 1e-4  # float32
     assert (V[~kept] == 0).all() and not V[~kept].signbit().any()
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_the_target_leads_from_the_dense_weights_outputs_to_the_dense_models(group):
+    W, kept, x, y = problem()
+    y = x + 0.3 * y[:, :1] if group == 0 else y  # the dense model's inputs
+    H, C = x.T @ x, y.T @ x
+    ends = [(x @ W.T).T @ x, W @ C if group == 0 else C]
+    wanted = [solved(W, kept, H, end, steps=60) for end in ends]
+    for lead in (0.0, 0.3, refit.LEAD, 1.0):
+        normal = refit.Normal(H.clone(), C, group, lead=lead)
+        V = normal.solve(W, kept, torch.float32, steps=60)
+        assert relative(V, wanted[0] + lead * (wanted[1] - wanted[0])) < 1e-4  # float32
 
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 97])
@@ -131,7 +144,7 @@ def test_inputs_that_are_all_zero_or_few_leave_a_mask_of_the_right_count():
 
 
 def with_copies(W, kept, H, C):
-    """`least_squares` as one writes it first: every step makes new tensors."""
+    """Conjugate gradients as one writes them first: every step makes new tensors."""
     tiny, lam = torch.finfo(torch.float32).tiny, refit.DAMPING * H.diagonal().mean()
     H = H + lam * torch.eye(len(H))
     inverse, V = 1 / H.diagonal(), W * kept
@@ -162,7 +175,7 @@ def test_sums_and_solutions_in_place_have_the_bits_of_those_with_copies(
     assert torch.equal(H, upper + upper.triu(1).T)
     assert torch.equal(C, sum(t[0].T @ x[0] for x, t in zip(xs, targets)))
     plain = with_copies(W, kept, H, C if group % 2 else W @ C)
-    normal = refit.Normal(H, C, group)
+    normal = refit.Normal(H, C, group, lead=1.0)
     assert torch.equal(normal.solve(W, kept, torch.float32), plain)
     monkeypatch.setattr(refit, "SOLVED", 7 * columns)  # 7 rows at once
     assert relative(normal.solve(W, kept, torch.float32), plain) < 1e-5  # float32
