@@ -432,7 +432,7 @@ def name_of(answer):
 
 # ---------------------------------------------------------------------------------------- refitted
 def refitted_all(run, answers, texts, owned):
-    """Rows of the last answers of every method at PERPLEXITIES, survivors refitted; and SparseGPT
+    """Rows of the last answers of every method at --refit, survivors refitted; SparseGPT, if asked,
     with Wanda's masks and with its own. All on the same calibration windows and texts.
 
     owned     {method: what has its masks}, for those that have their own
@@ -443,9 +443,10 @@ def refitted_all(run, answers, texts, owned):
         reader.f2  # the dense model reads now
     evolutions = {a["method"] for a in answers if a["method"].endswith(" each")}
     skipped = {m for m in evolutions if not m.endswith(f" {run.args.budget} each")}
-    asked = [a for s in PERPLEXITIES for a in answers if a["sparsity"] == s]
+    asked = [a for s in run.args.refit for a in answers if a["sparsity"] == s]
     asked = [a for a in asked if a["method"] not in skipped]
-    asked += [a | {"method": m} for a in asked if a["method"] == "uniform" for m in SPARSEGPT]
+    if "sparsegpt" in run.args.methods:
+        asked += [a | {"method": m} for a in asked if a["method"] == "uniform" for m in SPARSEGPT]
     rows = []
     for a in tqdm(asked, desc=f"seed {run.args.seed}, refitted", disable=None):
         found = run.journal(f"{name_of(a)}, refitted", partial(refitted, run, a, readers, owned))
@@ -586,8 +587,8 @@ def arguments():
     parser.add_argument("--served", type=float, nargs="+", metavar="S", help=some)
     full = "serve and measure every request, by every method"
     parser.add_argument("--full", action="store_true", help=full)
-    refit = "also refit the survivors of every method's answers, and SparseGPT's update"
-    parser.add_argument("--refit", action="store_true", help=refit)
+    refit = "also refit every method's answers at these sparsities (default: 0.5 0.6 0.7)"
+    parser.add_argument("--refit", type=float, nargs="*", metavar="S", help=refit)
     resume = "go on where the same comparison was stopped"
     parser.add_argument("--resume", action="store_true", help=resume)
     parser.add_argument("--test-tokens", **number, default=8192, help="tokens of each unseen text")
@@ -605,6 +606,8 @@ def arguments():
     for task in TASKS if args.tasks else ():  # before hours of searching, not after
         all_prompts(task, read_rows(args.tasks, task, args.limit))
     args.served = served(args)
+    if args.refit is not None:
+        args.refit = args.refit or list(PERPLEXITIES)
     args.out = args.out or Path("out") / args.model.resolve().name
     return args
 
@@ -614,10 +617,10 @@ def add_searches(parser):
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=METHODS,
+        choices=[*METHODS, "sparsegpt"],
         default=["owl", "unicuco", "gp", "evopress"],
         metavar="NAME",
-        help="beside uniform: " + " ".join(METHODS),
+        help="beside uniform: " + " ".join(METHODS) + "; sparsegpt, with --refit",
     )
     budget = "evaluations that EvoPress may spend on each request"
     parser.add_argument("--budget", **number, default=20, help=budget)

@@ -783,7 +783,8 @@ def test_over_matrices_equal_sizes_alone_switch_levels_and_evopress_finds_the_to
 @pytest.mark.slow
 def test_every_method_is_refitted_and_sparsegpt_stands_beside_them(small, text, tmp_path, short):
     words = (*options(small, text, tmp_path), "--requests", 16, "--refit")
-    methods = ("unicuco", "evopress", "matrices", "dlp", "dynamic", "magnitude", "global")
+    methods = ["unicuco", "evopress", "matrices", "dlp", "dynamic", "magnitude", "global"]
+    methods.append("sparsegpt")
     assert call(compare, *words, "--methods", *methods) == 0
     _, rows = read(tmp_path)
     mine = [r for r in rows if r["table"] == "refitted"]
