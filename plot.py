@@ -13,6 +13,7 @@ Full      python plot.py --run out/SmolLM2-135M --out results/figures
 """
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,6 +195,27 @@ def evaluations(figure, made):
     figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
 
+def sizes(figure, made):
+    """KL over uniform's against the number of weights, a curve for each sparsity.
+
+    made    as of `tables.gains`
+    """
+    axes = figure.subplots()
+    weights = [count for _, count, _ in made]
+    for s, colour in zip(made[0][2], (GREEN, BLUE, ORANGE)):
+        ratios = [of[s] for _, _, of in made]
+        means = [statistics.mean(r) for r in ratios]
+        wide = [statistics.stdev(r) if len(r) > 1 else 0 for r in ratios]
+        axes.errorbar(weights, means, wide, fmt="o-", color=colour, lw=1, label=f"at {s:g}")
+    axes.axhline(1, color=GREY, lw=1)
+    axes.set(xscale="log", xlabel="weights of the model", ylabel="KL over that of uniform pruning")
+    axes.set_xticks(weights, [f"{name}\n{count / 1e6:g}M" for name, count, _ in made])
+    axes.minorticks_off()
+    axes.set(ylim=(0, 1.1), xlim=(weights[0] / 2, weights[-1] * 2))
+    axes.set_title("The gain over uniform pruning, by size of the model", loc="left")
+    axes.legend(frameon=False, loc="lower right")
+
+
 def family(method):
     """The method without its budget: "EvoPress" of "EvoPress, 104 each"."""
     return method.split(",")[0] if method.endswith(" each") else method
@@ -255,6 +277,7 @@ def arguments():
     )
     comparison = "of compare.py: draw its figure of evaluations alone"
     parser.add_argument("--comparison", type=Path, metavar="FILE", help=comparison)
+    parser.add_argument("--sizes", action="store_true", help="the gain against model size, alone")
     again = "measure a cheap row of every results file again; those of SmolLM2-135M need"
     parser.add_argument("--check", action="store_true", help=f"{again} --model, --data, --test")
     for flag, several in (("--model", None), ("--data", None), ("--test", "+")):
@@ -272,7 +295,10 @@ def main():
 
         return drift.main(args)
     plt = library()
-    if args.comparison:
+    if args.sizes:
+        made, figures = tables.gains(), {"sizes": sizes}
+        out = args.out or tables.RESULTS / "figures"
+    elif args.comparison:
         made, figures = read_table(args.comparison), {"evaluations": evaluations}
         out = args.out or args.comparison.parent / "figures"
     else:

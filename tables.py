@@ -232,6 +232,56 @@ def refit_smollm2_perplexity():
     return refit_perplexity("smollm2")
 
 
+def qwen05():
+    """KL and perplexity of uniform and StratNet on Qwen2.5-Coder-0.5B, nothing refitted."""
+    found = refit_rows("qwen05")
+    rows = []
+    for s in SIZED:
+        both = [found[method, False, s] for method in ("uniform", "unicuco")]
+        kl = [pm([r["kl"] for r in mine], 4) for mine in both]
+        ppl = [pm([r["ppl"] for r in mine], 2) for mine in both]
+        rows.append([f"{s:g}", *kl, seed_by_seed(both[1], both[0]), *ppl])
+    names = ("uniform", "StratNet")
+    head = ["sparsity", *(f"KL, {n}" for n in names), "StratNet / uniform"]
+    return markdown([*head, *(f"perplexity, {n}" for n in names)], rows)
+
+
+# name, weights of all kinds, the runs of train.py or the rows of prune.py that were made with it
+MODELS = (
+    ("the embedded model", 5.5e6, "tiny"),
+    ("SmolLM2-135M", 134.5e6, "real-smollm2"),
+    ("Qwen2.5-Coder-0.5B", 494e6, "qwen05"),
+)
+SIZED = (0.3, 0.5, 0.6)  # sparsities at which all of them were measured
+
+
+def gains():
+    """[(name, weights, {sparsity: KL over uniform's of every seed})], nothing refitted, on the
+    first test text of each.
+    """
+    found = []
+    for name, weights, stem in MODELS[:2]:
+        rows = real(stem)
+        text = next(text for text, _ in rows)
+        pairs = {s: zip(rows[text, s]["unicuco"], rows[text, s]["uniform"]) for s in SIZED}
+        ratios = {s: [a["kl"] / b["kl"] for a, b in both] for s, both in pairs.items()}
+        found.append((name, weights, ratios))
+    name, weights, stem = MODELS[2]
+    rows = refit_rows(stem)
+    pairs = {s: zip(rows["unicuco", False, s], rows["uniform", False, s]) for s in SIZED}
+    ratios = {s: [a["kl"] / b["kl"] for a, b in both] for s, both in pairs.items()}
+    return [*found, (name, weights, ratios)]
+
+
+def sizes():
+    """Gain against model size."""
+    rows = [
+        [name, f"{weights / 1e6:g}M", *(pm(ratios[s], 3) for s in SIZED)]
+        for name, weights, ratios in gains()
+    ]
+    return markdown(["KL over uniform's", "weights", *(f"at {s:g}" for s in SIZED)], rows)
+
+
 def refitted_tiny():
     """Every method's answers with their survivors refitted, and SparseGPT: KL over refitted
     uniform's.
@@ -382,6 +432,14 @@ def compare_present():
 
 def compare_present_says():
     return bullets(says("tiny-refitted"))
+
+
+def compare_large():
+    return requests_block("tiny-large")
+
+
+def compare_large_says():
+    return bullets(says("tiny-large"))
 
 
 def compare_tiny():
@@ -576,9 +634,13 @@ BLOCKS = {
         refit_smollm2,
         refit_smollm2_says,
         refit_smollm2_perplexity,
+        qwen05,
+        sizes,
         refitted_tiny,
         compare_present,
         compare_present_says,
+        compare_large,
+        compare_large_says,
         coverage,
         beside_evopress,
         smollm2_real,

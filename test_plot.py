@@ -189,3 +189,10 @@ def test_rows_that_train_did_not_write_are_one_line(tmp_path, name, broken):
     (tmp_path / name).write_text(broken)
     fields = plot.MEASURED if name == "measured.json" else plot.RESULT
     refuses(plot.read_rows, tmp_path / name, fields, match=name)
+
+
+def test_the_figure_of_sizes_is_drawn_from_results_alone(tmp_path):
+    assert call(plot, "--sizes", "--out", tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"sizes.png", "sizes.svg"}
+    for name, weights, ratios in tables.gains():
+        assert name and weights > 1e6 and all(0 < r < 1 for of in ratios.values() for r in of)
