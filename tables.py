@@ -217,17 +217,6 @@ def refit_smollm2():
     return refit_ratios("smollm2")
 
 
-def refit_smollm2_says():
-    """What a refit leaves of KL, on the embedded and on the real model."""
-    parts = []
-    for model, name in (("tiny", "the embedded model"), ("smollm2", "SmolLM2-135M")):
-        found = refit_rows(model)
-        asked = sorted({s for _, _, s in found})
-        left = [seed_by_seed(found["unicuco", True, s], found["unicuco", False, s]) for s in asked]
-        parts.append(f"{', '.join(left)} on {name}")
-    return f"- A refit leaves of StratNet's KL at {joined(asked)}: {'; '.join(parts)}."
-
-
 def refit_smollm2_perplexity():
     return refit_perplexity("smollm2")
 
@@ -282,21 +271,32 @@ def sizes():
     return markdown(["KL over uniform's", "weights", *(f"at {s:g}" for s in SIZED)], rows)
 
 
-def refitted_tiny():
-    """Every method's answers with their survivors refitted, and SparseGPT: KL over refitted
-    uniform's.
+def refitted_block(name):
+    """Every method's answers refitted: KL over refitted uniform's, over uniform's as pruned, and
+    perplexity; a column for each sparsity, of several texts a row for each.
     """
-    _, rows = comparison("tiny-refitted")
-    table = grouped(report.refitted_table(rows), "method")
-    asked = report.PERPLEXITIES
+    _, rows = comparison(name)
     lines = []
-    for method, mine in table.items():
-        at = {r["sparsity"]: r for r in mine}
-        lines.append([method, *(pm(at[s]["ratio"], 3) for s in asked)])
-        lines[-1] += [pm(at[s]["of_bare_uniform"], 3) for s in asked]
+    for text in dict.fromkeys(r["text"] for r in rows):
+        table = report.refitted_table([r for r in rows if r["text"] == text])
+        for method, mine in grouped(table, "method").items():
+            cells = [pm(r["ratio"], 3) for r in mine]
+            cells += [pm(r["of_bare_uniform"], 3) for r in mine]
+            cells += [pm(r["ppl"], 2) for r in mine]
+            lines.append([f"{method}, {TEXTS[text]}", *cells])
+    asked = [r["sparsity"] for r in table if r["method"] == "uniform"]
     head = [f"over refitted uniform's at {s:g}" for s in asked]
-    bare = [f"over uniform's as pruned at {s:g}" for s in asked]
-    return markdown(["KL", *head, *bare], lines)
+    head += [f"over uniform's as pruned at {s:g}" for s in asked]
+    head += [f"perplexity at {s:g}" for s in asked]
+    return markdown(["KL of the refitted", *head], lines)
+
+
+def refitted_tiny():
+    return refitted_block("tiny-refitted")
+
+
+def refitted_smollm2():
+    return refitted_block("smollm2-refitted")
 
 
 def coverage():
@@ -632,11 +632,11 @@ BLOCKS = {
         refit_tiny,
         refit_tiny_perplexity,
         refit_smollm2,
-        refit_smollm2_says,
         refit_smollm2_perplexity,
         qwen05,
         sizes,
         refitted_tiny,
+        refitted_smollm2,
         compare_present,
         compare_present_says,
         compare_large,

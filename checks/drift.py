@@ -91,7 +91,7 @@ def prune(pruner, strategy, calibration):
     if calibration is None:
         pruner.apply(torch.tensor(strategy, dtype=torch.float64))
     else:
-        follow(pruner, pruner.masks(strategy), calibration)
+        follow(pruner, pruner.masks(strategy).counts(), calibration)
 
 
 def gigabytes(name, stage):
