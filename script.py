@@ -358,15 +358,16 @@ def write_json(path, value, rows=False):
 
 # ------------------------------------------------------------------------------- provenance
 def provenance():
-    """What this process is: how it was called, and on which code. No time and no machine's name, so
-    equal runs say the same.
+    """What this process is: how it was called, and on which code. No time, no machine's name and no
+    folders of its own, so equal runs say the same: of an absolute path only the name is kept.
     """
     called, root = Path(sys.argv[0]).resolve(), TINY.parent
     inside = called.relative_to(root) if root in called.parents else Path(called.name)
     module = ["-m", ".".join(inside.with_suffix("").parts)]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
         "command": shlex.join(
-            ["python", *([str(inside)] if len(inside.parts) == 1 else module), *sys.argv[1:]]
+            ["python", *([str(inside)] if len(inside.parts) == 1 else module), *words]
         ),
         "commit": commit(root),
         "python": platform.python_version(),
