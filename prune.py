@@ -588,9 +588,10 @@ class Service:
             masks = pattern_masks(pruner, strategy, keep, group)
             counted = pruner.mask_sparsity(masks)
         if self.args.refit:
-            wanted = masks.counts() if chosen_by_refit(self.args) else masks
-            values = follow(pruner, wanted, self.calibration, stored_dtypes(self.args.model))
-            return Survivors(values), counted, values
+            chosen = chosen_by_refit(self.args)
+            wanted, dtypes = masks.counts() if chosen else masks, stored_dtypes(self.args.model)
+            values = follow(pruner, wanted, self.calibration, dtypes)
+            return Survivors(values) if chosen else masks, counted, values
         pruner.apply_masks(masks) if self.args.pattern else pruner.apply(strategy)
         return masks, counted, None
 

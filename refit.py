@@ -27,7 +27,7 @@ DAMPING = 0.1  # of the mean diagonal of H: how strongly survivors are held to t
 LEAD = 0.5  # how far the target leads from W x, x the refitted model's, to the dense model's output
 STAGES = 4  # in which a row loses its weights, where the refit chooses them
 BETWEEN = 3  # steps of conjugate gradients between two stages
-SOLVED = 2**23  # weights of a matrix solved for at once: about ten times 34 MB live meanwhile
+SOLVED = 2**23  # weights of a matrix solved for at once: 13 times their 34 MB live meanwhile
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # Linears that read one input: q k v | o | gate up | down
 
 
@@ -41,11 +41,10 @@ def damp(H, damping=DAMPING):
 
 
 def conjugate_gradients(V, kept, H, C, steps):
-    """`steps` from V * kept towards (V H)[kept] = C[kept]: argmin_V ||x V^T - y||^2 + lam ||V -
-    W||^2 over V that is 0 outside `kept`, (d_out, d_in) float32, +0.0 there.
+    """`steps` from V * kept towards the V (d_out, d_in) of (V H)[kept] = C[kept], +0.0 elsewhere.
 
-    V, C      (d_out, d_in) float32, C = y^T x + lam W;  kept: (d_out, d_in) bool;  H: (d_in, d_in)
-              float32, as `damp` left it
+    With H = x^T x + lam I and C = y^T x + lam W that V is argmin ||x V^T - y||^2 + lam ||V - W||^2.
+    V, C      (d_out, d_in) float32;  kept: (d_out, d_in) bool;  H: (d_in, d_in) float32, damped
     The equations of two rows differ by their masks alone: so all go together, one product with H a
     step, preconditioned by 1 / diag.
     """
@@ -188,8 +187,9 @@ class Normal:
               output, which makes good what all before it lost too, and learns the windows by heart
     """
 
-    def __init__(self, H, C, group, damping=DAMPING, lead=LEAD):
-        self.H, self.C, self.shared, self.lead = H, C, group % 2 == 0, lead
+    def __init__(self, H, C, group, steps=STEPS, damping=DAMPING, lead=LEAD):
+        self.H, self.C, self.shared = H, C, group % 2 == 0
+        self.steps, self.lead = steps, lead
         self.lam = damp(H, damping)
 
     def target(self, W, C):
@@ -202,7 +202,7 @@ class Normal:
         # damped, H is positive definite: cholesky_ex does not wait on CUDA to see whether it was
         return torch.cholesky_inverse(torch.linalg.cholesky_ex(self.H).L)
 
-    def solve(self, W, wish, dtype, steps=STEPS):
+    def solve(self, W, wish, dtype):
         """The new values (d_out, d_in) of a dense matrix W, in `dtype`; wish: its mask, or how many
         weights of each row go, int or (d_out,).
         """
@@ -217,12 +217,12 @@ class Normal:
             target = self.target(w.float(), target)
             if counted:
                 k = choose(k, self.H, self.inverse, target)
-            V = conjugate_gradients(w.float(), k, self.H, target, steps)
+            V = conjugate_gradients(w.float(), k, self.H, target, self.steps)
             pieces.append(storable(V, w, dtype))
         return torch.cat(pieces)
 
 
-def refit_group(pruner, i, linears, normal, wishes, dtypes, steps):
+def refit_group(pruner, i, linears, normal, wishes, dtypes):
     """Solve for the Linears {j: module} of block i and write them: {parameter name: values}."""
     values = {}
     for j, linear in linears.items():
@@ -230,7 +230,7 @@ def refit_group(pruner, i, linears, normal, wishes, dtypes, steps):
         wish = wishes.get(name)
         if wish is None:
             continue
-        V = normal.solve(W, wish, dtypes.get(name, W.dtype), steps)
+        V = normal.solve(W, wish, dtypes.get(name, W.dtype))
         pruner.live[i][j].copy_(V)
         W.copy_(V)  # another, where blocks are offloaded: their room on the device
         values[name] = V.cpu()
@@ -238,7 +238,7 @@ def refit_group(pruner, i, linears, normal, wishes, dtypes, steps):
 
 
 @torch.inference_mode()
-def follow(pruner, wishes, windows, dtypes=None, steps=STEPS, damping=DAMPING, lead=LEAD):
+def follow(pruner, wishes, windows, dtypes=None, **how):
     """Prune the model as wished and refit what survives, block by block, on calibration windows
     (n, T).
 
@@ -246,15 +246,15 @@ def follow(pruner, wishes, windows, dtypes=None, steps=STEPS, damping=DAMPING, l
               go, int or (d_out,), and `choose` says which; a matrix that is not named stays dense
     dtypes    {parameter name: dtype} of the source's files, to which values are rounded before they
               are used; default: as computed
-    damping, lead   see `damp` and `Normal`
+    how       steps, damping, lead: see `Normal`
     returns   {parameter name: values (d_out, d_in)} on the CPU, for `save_llama`
     """
     pruner.restore()
     with pruner.parked():
-        return refit_blocks(pruner, wishes, windows, dtypes or {}, steps, (damping, lead))
+        return refit_blocks(pruner, wishes, windows, dtypes or {}, how)
 
 
-def refit_blocks(pruner, wishes, windows, dtypes, steps, how):
+def refit_blocks(pruner, wishes, windows, dtypes, how):
     """`follow` from a dense model; a function, so that all its states are gone when it ends."""
     model, values = pruner.model, {}
     rotary = model.rotary(windows.shape[1])
@@ -267,8 +267,8 @@ def refit_blocks(pruner, wishes, windows, dtypes, steps, how):
         for group, members in enumerate(GROUPS):
             linears = {j: block.get_submodule(LINEARS[j]) for j in members}
             bias = linears[members[0]].bias
-            normal = Normal(*normal_equations(walks, wanted, group, bias), group, *how)
-            values |= refit_group(pruner, i, linears, normal, wishes, dtypes, steps)
+            normal = Normal(*normal_equations(walks, wanted, group, bias), group, **how)
+            values |= refit_group(pruner, i, linears, normal, wishes, dtypes)
             del normal
         pruned = [next(walk)[1] for walk in walks]
         dense = [want.output for want in wanted]

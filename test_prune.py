@@ -780,12 +780,12 @@ def test_a_reader_who_has_gone_ends_no_serving(small, text, tmp_path):
 def test_a_confidence_asks_for_less_kl_than_the_budget_and_says_what_it_stays_below(
     small, text, tmp_path, capsys
 ):
-    kls = {}
+    kls, budget = {}, 2.0  # where the margin is several weights of a row: counts go by whole ones
     for name, words in {"plain": (), "sure": ("--confidence", 0.95)}.items():
-        asked = (*options(small, text), "--tokens", 256, "--uniform", "--max-kl", 0.3, *words)
+        asked = (*options(small, text), "--tokens", 256, "--uniform", "--max-kl", budget, *words)
         assert call(prune, *asked, "--out", tmp_path / name) == 0
         kls[name] = json.loads((tmp_path / name / "strategy.json").read_text())
-    assert kls["sure"]["kl"] < kls["sure"]["kl_at_most"] <= 0.3
+    assert kls["sure"]["kl"] < kls["sure"]["kl_at_most"] <= budget
     assert kls["sure"]["counted"] < kls["plain"]["counted"] and "kl_at_most" not in kls["plain"]
     assert "with probability 0.95" in capsys.readouterr().out
     for wrong in (0.2, 1, "nan"):

@@ -32,7 +32,7 @@ def problem(rows=5, columns=12, tokens=200, seed=0):
 
 
 def solved(W, kept, H, C, steps=refit.STEPS):
-    return refit.Normal(H.clone(), C, 1, lead=1.0).solve(W, kept, torch.float32, steps)
+    return refit.Normal(H.clone(), C, 1, steps, lead=1.0).solve(W, kept, torch.float32)
 
 
 def chosen_mask(W, H, drop):
@@ -62,8 +62,7 @@ def test_the_target_leads_from_the_dense_weights_outputs_to_the_dense_models(gro
     ends = [(x @ W.T).T @ x, W @ C if group == 0 else C]
     wanted = [solved(W, kept, H, end, steps=60) for end in ends]
     for lead in (0.0, 0.3, refit.LEAD, 1.0):
-        normal = refit.Normal(H.clone(), C, group, lead=lead)
-        V = normal.solve(W, kept, torch.float32, steps=60)
+        V = refit.Normal(H.clone(), C, group, 60, lead=lead).solve(W, kept, torch.float32)
         assert relative(V, wanted[0] + lead * (wanted[1] - wanted[0])) < 1e-4  # float32
 
 
