@@ -197,7 +197,7 @@ def each(run, method, find, requests, shared=None):
 
 
 def and_ends(run):
-    return sorted({*run.args.served, *ENDS})
+    return sorted({*run.args.served, *run.args.ends})
 
 
 def by_uniform(run, method):
@@ -315,15 +315,19 @@ def learned(run, mean):
     granularity = "matrix" if mean == "curvature" else "block"
     layout, curves = prior_of(run.pruner, windows, mean, granularity, args.seed)
     read = 0 if curves is None else cost_in_tokens(windows) / run.f2.windows.numel()
-    net = search(lambda batch: list(map(run.f2, batch)), layout, settings, args.seed, curves).net
+    found = search(lambda batch: list(map(run.f2, batch)), layout, settings, args.seed, curves)
     made = {
         "seconds": time.perf_counter() - started,
         "evaluations": run.evaluations() - before + read,
+        "last_round": [(e["predicted"], e["measured"]) for e in found.log[-settings.batch :]],
         "strategies": {},
     }
     for s in and_ends(run):
-        find = partial(strategy_for, net, counted_sparsity=run.pruner.sparsity)
-        made["strategies"][str(s)] = timed(run, find, s)
+        find = partial(strategy_for, found.net, counted_sparsity=run.pruner.sparsity)
+        answered = timed(run, find, s)
+        mean, std = found.gp.posterior(torch.tensor([answered["strategy"]], dtype=torch.float64))
+        predicted = {"log_kl": mean.item(), "std": std.item()}
+        made["strategies"][str(s)] = answered | {"predicted": predicted}
     return made
 
 
@@ -605,6 +609,7 @@ def arguments():
     at_least(args, LEAST, "budget")
     for task in TASKS if args.tasks else ():  # before hours of searching, not after
         all_prompts(task, read_rows(args.tasks, task, args.limit))
+    args.ends = () if args.served else ENDS
     args.served = served(args)
     if args.refit is not None:
         args.refit = args.refit or list(PERPLEXITIES)
