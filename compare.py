@@ -49,6 +49,7 @@ from report import (
     METHODS,
     PERPLEXITIES,
     QUICK,
+    read_comparison,
     requests_asked,
     show_long,
     show_refitted,
@@ -74,6 +75,8 @@ from unicuco import KL_CEILING, MAX, SearchSettings, cap_divergence, search, str
 SURVIVORS = (4, 2)  # of EvoPress's children, after a quarter and after a half of the tokens
 LEAST = 9  # evaluations of EvoPress: uniform pruning and one generation
 HARD = (0.5, 0.6)  # requests whose strategies are read a whole text and asked zero-shot tasks
+COSTS = ("evaluations", "seconds", "shared_evaluations", "shared_seconds")
+ANSWER = ("seed", "method", "sparsity", *COSTS, "strategy")  # how a row came to be
 LONG = 65536  # tokens of that text that they are read for seeds after the first
 
 
@@ -445,10 +448,8 @@ def refitted_all(run, answers, texts, owned):
     readers = {text: Reader(run.pruner, windows) for text, windows in texts.items()}
     for reader in readers.values():
         reader.f2  # the dense model reads now
-    evolutions = {a["method"] for a in answers if a["method"].endswith(" each")}
-    skipped = {m for m in evolutions if not m.endswith(f" {run.args.budget} each")}
-    asked = [a for s in run.args.refit for a in answers if a["sparsity"] == s]
-    asked = [a for a in asked if a["method"] not in skipped]
+    candidates = without_smaller(answers) + found_before(run.args)
+    asked = [a for s in run.args.refit for a in candidates if a["sparsity"] == s]
     if "sparsegpt" in run.args.methods:
         asked += [a | {"method": m} for a in asked if a["method"] == "uniform" for m in SPARSEGPT]
     rows = []
@@ -460,6 +461,28 @@ def refitted_all(run, answers, texts, owned):
 
 
 SPARSEGPT = ("SparseGPT, Wanda's masks", "SparseGPT, its masks")
+
+
+def without_smaller(answers):
+    """The answers but those of EvoPress's smaller budgets, which come before its largest."""
+    last = {family(a): a["method"] for a in answers}
+    return [a for a in answers if a["method"] == last[family(a)]]
+
+
+def family(answer):
+    """The method without the budget of each request."""
+    return answer["method"].split(",")[0] if " each" in answer["method"] else answer["method"]
+
+
+def found_before(args):
+    """Answers of this seed in the comparison --refit-also, of methods that --methods leaves out."""
+    if args.refit_also is None:
+        return []
+    rows = read_comparison(args.refit_also)[1]
+    here = {METHODS.get(name) for name in args.methods} | {"uniform"}
+    rows = [r for r in rows if r["table"] == "requests" and r["seed"] == args.seed]
+    rows = [r for r in rows if r["text"] == rows[0]["text"] and family(r) not in here]
+    return without_smaller([{key: r[key] for key in ANSWER} for r in rows])
 
 
 def counts_of(masks):
@@ -494,17 +517,10 @@ def refitted(run, answer, readers, owned):
 def hard(answers):
     """What is read long texts and asked tasks: the dense model, then the answers at HARD, but not
     those of EvoPress's smaller budgets and of the constant mean."""
-    largest = {}
-    for a in answers:
-        if a["method"].endswith(" each"):  # smaller budgets come first
-            largest[a["method"].split(",")[0]] = a["method"]
-    evolutions = {a["method"] for a in answers if a["method"].endswith(" each")}
-    skipped = {METHODS["constant"], *evolutions} - {*largest.values()}
     zeros = [0.0] * len(answers[0]["strategy"])
-    costs = dict.fromkeys(("evaluations", "seconds", "shared_evaluations", "shared_seconds"), 0.0)
-    dense = {"method": "dense", "sparsity": 0.0, **costs, "strategy": zeros}
-    chosen = [a for s in HARD for a in answers if a["sparsity"] == s]
-    return [answers[0] | dense] + [a for a in chosen if a["method"] not in skipped]
+    dense = {"method": "dense", "sparsity": 0.0, **dict.fromkeys(COSTS, 0.0), "strategy": zeros}
+    chosen = [a for s in HARD for a in without_smaller(answers) if a["sparsity"] == s]
+    return [answers[0] | dense] + [a for a in chosen if a["method"] != METHODS["constant"]]
 
 
 def long_text(run, tokens=None):
@@ -596,6 +612,8 @@ def arguments():
     resume = "go on where the same comparison was stopped"
     parser.add_argument("--resume", action="store_true", help=resume)
     parser.add_argument("--test-tokens", **number, default=8192, help="tokens of each unseen text")
+    before = "with --refit: also what the methods of that comparison found, a file of compare.py"
+    parser.add_argument("--refit-also", type=Path, metavar="FILE", help=before)
     tasks = (
         "also, at 0.5 and 0.6: zero-shot tasks (see eval.py) and all of the first test text, for"
         " the first seed; 65536 tokens of it for the others"
@@ -613,6 +631,10 @@ def arguments():
     args.served = served(args)
     if args.refit is not None:
         args.refit = args.refit or list(PERPLEXITIES)
+    if args.refit_also is not None:
+        read_comparison(args.refit_also)  # refused before hours of searching
+        if args.refit is None:
+            raise Refused("--refit-also says what else to refit: it goes with --refit")
     args.out = args.out or Path("out") / args.model.resolve().name
     return args
 

@@ -655,6 +655,26 @@ def test_some_sparsities_alone_are_served_and_those_beside_them_are_extrapolated
     assert "2 sparsities were measured per method" in printed and "perplexity at 0.6\n" in printed
 
 
+def test_what_another_comparison_found_is_refitted_by_the_largest_budget_and_not_searched_again(
+    small, text, tmp_path, short, monkeypatch
+):
+    words = (*options(small, text, tmp_path), "--served", 0.5)
+    assert call(compare, *words, "--methods", "evopress", "--budget", 18) == 0
+    first = read(tmp_path)[1]
+    earlier = tmp_path / "earlier.json"
+    (tmp_path / "compare.json").rename(earlier)
+    (tmp_path / "compare.journal.json").unlink()
+    monkeypatch.setattr(compare, "evopress", None)
+    more = ("--methods", "dlp", "--refit", 0.5, "--refit-also", earlier)
+    assert call(compare, *words, *more) == 0
+    rows = [r for r in read(tmp_path)[1] if r["table"] == "refitted"]
+    assert {r["method"] for r in rows} == {"uniform", "DLP", "EvoPress, 18 each"}
+    found = {r["method"]: r for r in first if r["table"] == "requests"}
+    for r in (r for r in rows if r["method"] in found):
+        assert r["counted"] == pytest.approx(found[r["method"]]["counted"], abs=0.01)
+        assert r["kl"] != found[r["method"]]["kl"]
+
+
 def test_one_window_leaves_evopress_no_step_before_f2_and_two_leave_it_one():
     def kept(*shares):
         quick = [Toy(share) for share in shares]
@@ -687,6 +707,8 @@ def test_the_tables_of_the_results_in_the_repository_can_be_printed(name, capsys
         ("--served", 0.5, "--full"),
         ("--served", 0.4, "--tasks", "nowhere"),
         ("--data", "nowhere.txt"),
+        ("--refit-also", "results/compare-tiny.json"),
+        ("--refit", "--refit-also", "results/tiny-seed0.json"),
     ],
 )
 def test_bad_arguments_give_one_line_and_exit_code_2(words, capsys):
