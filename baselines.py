@@ -22,7 +22,7 @@ from curvature import output_gradient, pieces_of
 from eval import batches
 from gp import GaussianProcess
 from model import LINEARS
-from prune import activation_norms, parameter_name, wanda
+from ranks import activation_norms, parameter_name, wanda
 from refit import GROUPS, gram
 from unicuco import MAX, log_divergence, one_thread, shift_to, to_logits
 

@@ -23,7 +23,8 @@ from eval import CHUNK, Divergence
 from gp import GaussianProcess
 from llama import pack, unpack
 from model import LINEARS, Config, Llama
-from prune import Pruner, activation_norms, prepare, rank, sources, tests, wanda
+from prune import prepare, sources, tests
+from ranks import Pruner, activation_norms, rank, wanda
 from refit import BETWEEN, GROUPS, STAGES, STEPS, follow, gram
 from script import (
     Parser,

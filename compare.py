@@ -2,7 +2,7 @@
 The paper's comparison: many requests, served by UniCuCo or by searches that start anew for each.
 
 Source    the comparison of UniCuCo (arXiv 2505.12216): 64 requests; methods as in baselines.py.
-Reading   8 of 8. Before: baselines.py. Beside it: report.py (its tables), bench.py (speed), plot.py
+Reading   9 of 9. Before: baselines.py. Beside it: report.py (its tables), bench.py (speed), plot.py
           (figures).
 Rows      one flat row for each seed, method, sparsity and text; every table of report.py is a
           group-by of them.
@@ -42,7 +42,8 @@ from baselines import (
 from curvature import cost_in_tokens
 from eval import TASKS, all_prompts, cut, read_rows, zero_shot
 from model import LINEARS
-from prune import F2, Masks, Pruner, Setting, prepare, sources, tests
+from prune import F2, Setting, prepare, sources, tests
+from ranks import Masks, Pruner
 from refit import follow
 from report import (
     ENDS,

@@ -4,7 +4,7 @@ zero-shot accuracy.
 
 Source    perplexity as GPTQ, SparseGPT and Wanda score it; zero-shot tasks as EleutherAI
           lm-evaluation-harness 0.4.13.
-Reading   5 of 8. Before: llama.py. Next: prune.py.
+Reading   5 of 9. Before: llama.py. Next: ranks.py.
 Shapes    N tokens of a text, n windows of T tokens, D model width, V vocabulary.
 Not here  few-shot prompts, generation tasks.
 

@@ -3,7 +3,7 @@ A Hugging Face folder <-> a Llama, bit for bit: checked loading, saving plain or
 
 Source    the layout of Hugging Face's transformers and safetensors; the packed form is this
           project's own.
-Reading   4 of 8. Before: model.py. Next: eval.py. Beside it: tokenizer.py.
+Reading   4 of 9. Before: model.py. Next: eval.py. Beside it: tokenizer.py.
 Shapes    W (d_out, d_in); packed: mask (d_out, ceil(d_in / 8)) uint8, values (count,).
 Not here  quantised weights, pickled weights: only safetensors and JSON are read.
 

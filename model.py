@@ -3,7 +3,7 @@ A Llama in plain PyTorch: the mathematics alone, under Hugging Face's names.
 
 Source    Llama 2 and 3 (arXiv 2307.09288, 2407.21783); weight names and the half-split rotary
           layout are Hugging Face's, so that loading is one checked copy and nothing is permuted.
-Reading   3 of 8. Before: unicuco.py. Next: llama.py, which reads and writes it. Imports script.py
+Reading   3 of 9. Before: unicuco.py. Next: llama.py, which reads and writes it. Imports script.py
           alone.
 Shapes    B sequences, T tokens, D model width, H query heads, G key-value heads, d head width, V
           vocabulary.

@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -252,6 +253,14 @@ def send(tensor, device):
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def join_processes():
+    """Under torchrun: join its processes. Whether this one is the first of all machines', which
+    prints and writes what is not its own."""
+    if "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group("gloo")  # a handful of numbers: nccl would hide a dead peer
+    return os.environ.get("RANK", "0") == "0"
 
 
 # ------------------------------------------------------------------------------------- files

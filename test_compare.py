@@ -21,7 +21,7 @@ import baselines
 import compare
 import curvature
 import eval as evaluation
-import prune
+import ranks
 import refit
 import report
 import unicuco
@@ -31,7 +31,7 @@ from conftest import CPU, ROOT, call, relative, write_tasks
 from eval import Divergence
 from llama import load_llama
 from model import LINEARS
-from prune import Pruner
+from ranks import Pruner
 from report import ENDS, METHODS, QUICK
 from unicuco import search
 
@@ -268,7 +268,7 @@ def test_a_global_threshold_drops_the_lowest_scores_of_the_whole_model_as_many_a
     model, _ = load_llama(small)
     windows = torch.randint(3, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
     pruner = Pruner(model, windows)
-    x_norms = prune.activation_norms(model, windows)
+    x_norms = ranks.activation_norms(model, windows)
     made = baselines.GlobalThreshold(pruner, windows)
     g_norms = baselines.gradient_norms(model, windows)
     masks = made.masks([0.6] * 3)

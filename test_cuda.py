@@ -13,6 +13,7 @@ import torch
 import bench
 import eval as eval_module
 import prune
+import ranks
 import script
 import simcuda
 import train
@@ -24,7 +25,7 @@ from llama import load_llama, pack, save_llama, unpack
 from model import Config, generate
 from offload import offload_blocks
 from patterns import pattern_masks
-from prune import Pruner, Survivors, rank
+from ranks import Pruner, Survivors, rank
 from refit import follow
 from script import choose_device, choose_tokens
 from simcuda import Mismatch, simulated
@@ -216,7 +217,7 @@ def test_ranks_on_cuda_are_those_of_the_cpu_ties_and_chunks_included(monkeypatch
     score = torch.randint(0, 5, (40, 50), generator=torch.Generator().manual_seed(0)).float()
     wanted = rank(score).tolist()
     for chunk in (2**24, 120):
-        monkeypatch.setattr(prune, "CUDA_CHUNK", chunk)
+        monkeypatch.setattr(ranks, "CUDA_CHUNK", chunk)
         with simulated():
             assert rank(score.to(CUDA)).tolist() == wanted
 

@@ -15,7 +15,7 @@ from eval import Divergence, draw, load_texts
 from llama import load_llama
 from model import LINEARS
 from offload import offload_blocks
-from prune import Pruner, keep_mask
+from ranks import Pruner, keep_mask
 
 
 def test_dropped_sums_on_a_matrix_worked_by_hand(monkeypatch):

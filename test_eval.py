@@ -23,7 +23,7 @@ import llama
 from conftest import CPU, ROOT, call, random_model, refuses, write_tasks
 from llama import load_llama
 from model import Config, Llama
-from prune import Pruner
+from ranks import Pruner
 from script import Refused
 from unicuco import log_divergence
 

@@ -32,7 +32,7 @@ from llama import (
     unpack,
     weight_files,
 )
-from prune import Pruner
+from ranks import Pruner
 
 LLAMA3 = dict(
     rope_type="llama3",

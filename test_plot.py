@@ -15,7 +15,8 @@ import plot
 import tables
 from checks import drift
 from conftest import ROOT, call, refuses
-from prune import F2, Pruner, prepare, sources
+from prune import F2, prepare, sources
+from ranks import Pruner
 from script import write_json
 
 

@@ -6,6 +6,7 @@ Run       pytest test_prune.py        (each tolerance has its dtype beside it)
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import prune
+import ranks
 import request
 import script
 import unicuco
@@ -41,7 +43,7 @@ from llama import load_llama, save_llama
 from model import LINEARS
 from offload import offload_blocks
 from patterns import pattern_masks
-from prune import METRICS, Pruner, keep_mask, rank
+from ranks import METRICS, Pruner, keep_mask, rank
 
 
 def test_wanda_differs_from_magnitude_on_a_case_worked_by_hand():
@@ -71,7 +73,7 @@ def test_masks_drop_exact_counts_in_stable_order_and_are_nested():
         with pytest.raises(ValueError):
             keep_mask(score, wrong)
     with pytest.raises(ValueError, match="NaN"):
-        prune.keep_mask(score * math.nan, 0.5)
+        ranks.keep_mask(score * math.nan, 0.5)
 
 
 def test_activation_norms_equal_those_seen_by_hooks(small, tokens):
@@ -88,7 +90,7 @@ def test_activation_norms_equal_those_seen_by_hooks(small, tokens):
             )
     with torch.no_grad():
         model(tokens)
-    norms = prune.activation_norms(model, tokens)
+    norms = ranks.activation_norms(model, tokens)
     assert norms.keys() == seen.keys() and all(
         relative(norms[n].double(), seen[n]) < 1e-5 for n in seen
     )  # float32
@@ -191,7 +193,7 @@ def test_a_higher_sparsity_drops_a_superset_whatever_the_scores_ties_included(
         score[:, : columns - columns // 2], torch.tensor(0.0)
     )  # neighbours in float32, out of order
     assert torch.equal(
-        prune.rank(score).long().gather(1, score.argsort(dim=1, stable=True)),
+        ranks.rank(score).long().gather(1, score.argsort(dim=1, stable=True)),
         torch.arange(columns).expand(rows, -1),
     )
     low, high = sorted((low, high))
@@ -225,7 +227,7 @@ def test_counted_sparsity_equals_counted_mask_entries_and_counted_zeros_and_mask
     for strategy in (low, high):
         masks = pruner.masks(strategy)
         assert pruner.dropped_per_row(strategy).tolist() == [
-            [prune.weights_to_drop(x, int(d_in)) for d_in in pruner.d_in] for x in strategy
+            [ranks.weights_to_drop(x, int(d_in)) for d_in in pruner.d_in] for x in strategy
         ]
         dropped, total = (
             sum(int((~m).sum()) for m in masks.values()),
@@ -246,9 +248,9 @@ def test_activation_norms_do_not_depend_on_how_the_calibration_tokens_are_batche
     tokens, monkeypatch
 ):
     model = random_model()
-    whole = prune.activation_norms(model, tokens)
+    whole = ranks.activation_norms(model, tokens)
     monkeypatch.setattr(evaluation, "BATCH", 128)  # two windows at a time
-    parts = prune.activation_norms(model, tokens)
+    parts = ranks.activation_norms(model, tokens)
     assert whole.keys() == parts.keys()
     assert all(torch.allclose(whole[n], parts[n], rtol=1e-5, atol=0) for n in whole)  # float32
 
@@ -304,8 +306,8 @@ def test_semi_structured_masks_keep_the_best_of_every_group_in_the_blocks_that_a
         masks
     ) == 8 * len(LINEARS)
     assert pruner.mask_sparsity(masks) == pytest.approx(8 / 24)
-    for i, (names, ranks) in enumerate(zip(pruner.names[4:], pruner.ranks[4:])):
-        for name, r in zip(names, ranks):
+    for i, (names, block) in enumerate(zip(pruner.names[4:], pruner.ranks[4:])):
+        for name, r in zip(names, block):
             best = r.view(len(r), -1, group).topk(keep, dim=-1).indices
             assert torch.equal(
                 masks[name].view(len(r), -1, group).nonzero()[:, -1].view(best.shape),
@@ -634,6 +636,34 @@ def trained_for(small, path, seed=0, **about):
     path.parent.mkdir(parents=True, exist_ok=True)
     unicuco.save_stratnet(path, made)
     return path
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_the_requests_and_write_what_one_writes(small, text, tmp_path):
+    asked = [*options(small, text), "--uniform", "--sparsity", 0.3, 0.4, 0.5, "--max-size", 1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    starts = {"one": [sys.executable], "two": [*torchrun, "--nproc-per-node=2"]}
+    written, tables = {}, {}
+    for name, start in starts.items():
+        out, table = tmp_path / name, tmp_path / f"{name}.json"
+        words = [*start, "prune.py", *asked, "--out", out, "--json", table]
+        # of torchrun, each process would have one thread; and bits depend on their number
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert "size-1: 1 is less than pruning reaches" in done.stderr, done.stderr
+        assert done.stdout.count("request ") == 1 and done.stdout.count("\nwrote ") == 1
+        assert all(f"\n{s} " in done.stdout for s in ("0.3", "0.4", "0.5")), done.stdout
+        written[name] = {
+            path.relative_to(out): path.read_bytes() for path in out.rglob("*.safetensors")
+        }
+        tables[name] = [
+            {key: value for key, value in row.items() if key != "seconds"}
+            for row in json.loads(table.read_text())
+        ]
+    assert written["one"] == written["two"] and len(written["one"]) == 3
+    assert tables["one"] == tables["two"] and len(tables["one"]) == 4
 
 
 def test_a_stratnet_of_other_weights_or_another_metric_is_refused(small, text, tmp_path, capsys):

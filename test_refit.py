@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import prune
+import ranks
 import refit
 from conftest import CPU, ROOT, call, random_model, relative, write_small
 from eval import Divergence, draw, load_texts
@@ -20,7 +21,7 @@ from llama import load_llama
 from model import Block
 from offload import offload_blocks
 from patterns import pattern_masks
-from prune import Pruner, keep_mask
+from ranks import Pruner, keep_mask
 
 
 def problem(rows=5, columns=12, tokens=200, seed=0):
@@ -116,7 +117,7 @@ def test_among_correlated_inputs_the_chosen_mask_is_near_the_best_and_ahead_of_w
     for seed in range(6):
         W, _, x, _ = problem(8, 8, 60, seed)
         H = x.T @ x
-        wanda += layer_error(H, W, keep_mask(prune.wanda(W, x.norm(dim=0)), 0.5))
+        wanda += layer_error(H, W, keep_mask(ranks.wanda(W, x.norm(dim=0)), 0.5))
         chosen += layer_error(H, W, chosen_mask(W, H, 4))
         best += layer_error(H, W, torch.stack([best_mask(H, w, 4) for w in W]))
     assert best < chosen < 1.15 * best and chosen < 0.85 * wanda  # 1.11 and 0.78

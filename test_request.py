@@ -20,7 +20,7 @@ from checks import fuzz
 from conftest import CPU, ROOT, call, refuses, steady
 from eval import read_documents
 from llama import load_llama, save_llama
-from prune import Pruner
+from ranks import Pruner
 from request import parse_request, read_requests
 
 

@@ -27,7 +27,8 @@ import script
 import train
 import unicuco
 from conftest import CPU, ROOT, call, random_model, random_net, spied, write_small
-from prune import F2, Pruner
+from prune import F2
+from ranks import Pruner
 from script import TINY, Journal, Refused
 from unicuco import SearchSettings, one_thread, search, strategy_for
 
@@ -291,7 +292,7 @@ def test_the_first_process_of_all_machines_and_no_other_prints_writes_and_hashes
     monkeypatch.setenv("LOCAL_RANK", "0")
     for rank, first in (("0", True), ("8", False)):  # 8: the first of the second machine
         monkeypatch.setenv("RANK", rank)
-        assert train.join_processes() is first
+        assert script.join_processes() is first
         asked = []
         train.from_the_first(first, lambda: asked.append("hashed"))
         assert asked == ["hashed"] * first

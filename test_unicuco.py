@@ -20,7 +20,7 @@ import unicuco
 from checks import fuzz
 from conftest import ROOT, random_net, refuses, relative, seeds, steady
 from gp import CurvatureMean, GaussianProcess
-from prune import Pruner
+from ranks import Pruner
 from unicuco import (
     MAX,
     Layout,

@@ -14,7 +14,8 @@ import torch
 from conftest import ROOT
 from eval import draw, load_texts
 from llama import load_llama, save_llama
-from prune import F2, Pruner
+from prune import F2
+from ranks import Pruner
 from request import parse_request
 from unicuco import SearchSettings, search, strategy_for
 

@@ -2,7 +2,7 @@
 Algorithm 1 on a Llama, with resumed runs and many processes; then the table against uniform.
 
 Source    UniCuCo (arXiv 2505.12216), on the batched loop of PSL-MOBO (arXiv 2210.08495).
-Reading   7 of 8. Before: prune.py. Next: compare.py, or stop: this is the end of the core.
+Reading   8 of 9. Before: prune.py. Next: compare.py, or stop: this is the end of the core.
 Shapes    n strategies measured, d blocks.
 
 Laptop    python train.py                     (60 s; ends with where StratNet wins)
@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from curvature import damage_table, fit_curves
 from eval import Divergence
-from prune import F2, METRICS, Pruner, prepare, sources, tests
+from prune import F2, prepare, sources, tests
+from ranks import METRICS, Pruner
 from script import (
     Journal,
     Parser,
@@ -37,6 +38,7 @@ from script import (
     at_least,
     choose_device,
     choose_tokens,
+    join_processes,
     locked,
     provenance,
     run,
@@ -241,14 +243,6 @@ def fingerprint(args):
     """What a search depends on: resuming with anything else is refused."""
     own = ("seed", "initial", "rounds", "batch", "mean", "granularity", "metric")
     return sources(args) | {name: getattr(args, name) for name in own}
-
-
-def join_processes():
-    """Under torchrun: join its processes. Whether this one is the first of all machines', which
-    prints and writes what is not its own."""
-    if "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group("gloo")  # a handful of numbers: nccl would hide a dead peer
-    return os.environ.get("RANK", "0") == "0"
 
 
 def from_the_first(first, make):

@@ -3,7 +3,7 @@ UniCuCo: one network, StratNet, that maps any request to its best pruning strate
 
 Source    UniCuCo (arXiv 2505.12216); Pareto set learning with a surrogate as in PSL-MOBO (Lin et
           al., arXiv 2210.08495).
-Reading   2 of 8. Before: gp.py. Next: model.py. Knows nothing of language models: f2 is any costly
+Reading   2 of 9. Before: gp.py. Next: model.py. Knows nothing of language models: f2 is any costly
           function.
 Shapes    B requests, D sparsities of a strategy, n strategies measured, c candidates.
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from eval import Divergence
 from model import Config, Llama, generate
 from offload import offload_blocks
-from prune import Pruner, activation_norms
+from ranks import Pruner, activation_norms
 from refit import follow
 from script import TOKENS, provenance, write_json
 from simcuda import simulated

@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from eval import Divergence
-from prune import Pruner, find_stratnet, prepare
+from prune import find_stratnet, prepare
+from ranks import Pruner
 from request import STEP, Surrogate, by_divergence
 from script import TINY, provenance, write_json, write_provenance
 from unicuco import MAX, strategy_for

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import draw, load_texts  # noqa: E402 (the path first)
 from llama import load_llama  # noqa: E402
-from prune import F2, Pruner  # noqa: E402
+from prune import F2  # noqa: E402
+from ranks import Pruner  # noqa: E402
 from script import DTYPES, TINY  # noqa: E402
 from unicuco import SearchSettings, search, strategy_for  # noqa: E402
 

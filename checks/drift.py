@@ -18,7 +18,8 @@ import torch
 import tables
 from checks import counted
 from eval import Divergence
-from prune import Pruner, prepare, sources, tests
+from prune import prepare, sources, tests
+from ranks import Pruner
 from refit import follow
 from script import DTYPES, TINY
 from simcuda import simulated
