@@ -33,6 +33,7 @@ TESTS = {
     "eval.py": ["test_eval.py"],
     "prune.py": ["test_prune.py", "test_request.py", "test_refit.py"],
     "patterns.py": ["test_prune.py"],
+    "ranks.py": ["test_prune.py", "test_refit.py"],
     "request.py": ["test_request.py", "test_prune.py"],
     "train.py": ["test_train.py"],
     "baselines.py": ["test_compare.py", "test_opponents.py"],
