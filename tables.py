@@ -165,9 +165,25 @@ def refit_rows(model):
     return grouped(read_rows(results(f"refit-{model}.json")), "method", "refit", "sparsity")
 
 
-def refit_table(model, key, digits):
-    """Rows and head: one of MODEL's numbers at each sparsity; "-" where it was not measured."""
-    found = refit_rows(model)
+def present():
+    """Rows of both methods in their present form on SmolLM2, all seeds, as `refit_rows` has them:
+    of results/compare-smollm2-seed*.json.
+    """
+    names = {"uniform": "uniform", UNICUCO: "unicuco"}
+    return [
+        r | {"method": names[r["method"]], "refit": r["table"] == "refitted"}
+        for r in smollm2_seeds()
+        if r["method"] in names
+    ]
+
+
+def smollm2_seeds():
+    paths = sorted(RESULTS.glob("compare-smollm2-seed[0-9].json"))
+    return [r for path in paths for r in read_comparison(results(path.name))[1]]
+
+
+def refit_table(found, key, digits):
+    """Rows and head: one number of `refit_rows` at each sparsity; "-" where it was not measured."""
     rows = []
     for s in sorted({s for _, _, s in found}):
         cells = [f"{s:g}"]
@@ -187,38 +203,66 @@ def seed_by_seed(ours, theirs):
     return pm([a["kl"] / b["kl"] for a, b in zip(ours, theirs)], 3)
 
 
-def refit_ratios(model):
+def refit_ratios(found):
     """KL; what the refit leaves of StratNet's; what of StratNet's gain survives it."""
-    rows, head = refit_table(model, "kl", 4)
-    found = refit_rows(model)
+    rows, head = refit_table(found, "kl", 4)
     for cells, s in zip(rows, sorted({s for _, _, s in found})):
         of = {(m, r): found.get((m, r, s)) for m in ("uniform", "unicuco") for r in (False, True)}
         cells.append(seed_by_seed(of["unicuco", True], of["unicuco", False]))
         cells.append(seed_by_seed(of["unicuco", False], of["uniform", False]))
         cells.append(seed_by_seed(of["unicuco", True], of["uniform", True]))
     ratio = "StratNet / uniform"
-    return markdown([*head, "StratNet, refitted / not", ratio, f"{ratio}, both refitted"], rows)
-
-
-def refit_perplexity(model):
-    rows, head = refit_table(model, "ppl", 2)
-    return markdown(["perplexity at " + head[0], *head[1:]], rows)
+    return rows, [*head, "StratNet, refitted / not", ratio, f"{ratio}, both refitted"]
 
 
 def refit_tiny():
-    return refit_ratios("tiny")
+    rows, head = refit_ratios(refit_rows("tiny"))
+    return markdown(head, rows)
 
 
 def refit_tiny_perplexity():
-    return refit_perplexity("tiny")
+    rows, head = refit_table(refit_rows("tiny"), "ppl", 2)
+    return markdown(["perplexity at " + head[0], *head[1:]], rows)
+
+
+def of_each_text(make):
+    """(lines, head) of a table of the present form on SmolLM2, a line for each text and sparsity;
+    make: what makes one text's.
+    """
+    lines = []
+    for text, mine in grouped(present(), "text").items():
+        rows, head = make(grouped(mine, "method", "refit", "sparsity"))
+        lines += [[f"{TEXTS[text]}, {row[0]}", *row[1:]] for row in rows]
+    return lines, ["text, sparsity", *head[1:]]
 
 
 def refit_smollm2():
-    return refit_ratios("smollm2")
+    lines, head = of_each_text(refit_ratios)
+    return markdown(head, lines)
 
 
 def refit_smollm2_perplexity():
-    return refit_perplexity("smollm2")
+    lines, head = of_each_text(lambda found: refit_table(found, "ppl", 2))
+    return markdown([f"perplexity at {head[0]}", *head[1:]], lines)
+
+
+def refit_smollm2_says():
+    """What is left of bare uniform's KL: the geometric mean over sparsities and texts, by seed."""
+    found = grouped(present(), "method", "refit", "seed")
+    sentences = []
+    for refit, name in ((False, "StratNet"), (True, "StratNet, refitted")):
+        means = []
+        for seed in sorted({seed for _, _, seed in found}):
+            base = {(r["text"], r["sparsity"]): r["kl"] for r in found["uniform", False, seed]}
+            mine = found["unicuco", refit, seed]
+            ratios = (r["kl"] / base[r["text"], r["sparsity"]] for r in mine)
+            means.append(statistics.geometric_mean(ratios))
+        over = joined(sorted({r["sparsity"] for r in mine}))
+        sentences.append(
+            f"{name}: {pm(means, 3)} of uniform's KL as pruned, geometric mean over both texts at"
+            f" {over}."
+        )
+    return bullets(sentences)
 
 
 def qwen05():
@@ -238,7 +282,7 @@ def qwen05():
 # name, weights of all kinds, the runs of train.py or the rows of prune.py that were made with it
 MODELS = (
     ("the embedded model", 5.5e6, "tiny"),
-    ("SmolLM2-135M", 134.5e6, "real-smollm2"),
+    ("SmolLM2-135M", 134.5e6, "smollm2"),
     ("Qwen2.5-Coder-0.5B", 494e6, "qwen05"),
 )
 SIZED = (0.3, 0.5, 0.6)  # sparsities at which all of them were measured
@@ -271,32 +315,33 @@ def sizes():
     return markdown(["KL over uniform's", "weights", *(f"at {s:g}" for s in SIZED)], rows)
 
 
-def refitted_block(name):
+def refitted_block(rows):
     """Every method's answers refitted: KL over refitted uniform's, over uniform's as pruned, and
-    perplexity; a column for each sparsity, of several texts a row for each.
+    perplexity; a column for each sparsity, of several texts a row for each; "-": was not refitted.
     """
-    _, rows = comparison(name)
+    columns = (("over refitted uniform's", "ratio", 3),)
+    columns += (("over uniform's as pruned", "of_bare_uniform", 3), ("perplexity", "ppl", 2))
+    asked = sorted({r["sparsity"] for r in rows if r["table"] == "refitted"})
     lines = []
-    for text in dict.fromkeys(r["text"] for r in rows):
-        table = report.refitted_table([r for r in rows if r["text"] == text])
-        for method, mine in grouped(table, "method").items():
-            cells = [pm(r["ratio"], 3) for r in mine]
-            cells += [pm(r["of_bare_uniform"], 3) for r in mine]
-            cells += [pm(r["ppl"], 2) for r in mine]
+    for text, mine in grouped(rows, "text").items():
+        for method, table in grouped(report.refitted_table(mine), "method").items():
+            at = {r["sparsity"]: r for r in table}
+            cells = [
+                pm(at[s][key], digits) if s in at else "-"
+                for _, key, digits in columns
+                for s in asked
+            ]
             lines.append([f"{method}, {TEXTS[text]}", *cells])
-    asked = [r["sparsity"] for r in table if r["method"] == "uniform"]
-    head = [f"over refitted uniform's at {s:g}" for s in asked]
-    head += [f"over uniform's as pruned at {s:g}" for s in asked]
-    head += [f"perplexity at {s:g}" for s in asked]
+    head = [f"{name} at {s:g}" for name, _, _ in columns for s in asked]
     return markdown(["KL of the refitted", *head], lines)
 
 
 def refitted_tiny():
-    return refitted_block("tiny-refitted")
+    return refitted_block(comparison("tiny-refitted")[1])
 
 
 def refitted_smollm2():
-    return refitted_block("smollm2-refitted")
+    return refitted_block(smollm2_seeds())
 
 
 def coverage():
@@ -317,18 +362,24 @@ def coverage():
 
 
 def real(stem):
-    """{(text, sparsity): {method: rows of all seeds}} of results/STEM-seed*.json."""
+    """{(text, sparsity): {method: rows of all seeds}}, nothing refitted: of SmolLM2 the present
+    form, else of results/STEM-seed*.json.
+    """
+    if stem == "smollm2":
+        rows = [r for r in present() if not r["refit"]]
+    else:
+        paths = sorted(RESULTS.glob(f"{stem}-seed[0-9].json"))
+        rows = [r | {"text": r["test"]} for p in paths for r in read_rows(results(p.name))]
     found = {}
-    for path in sorted(RESULTS.glob(f"{stem}-seed[0-9].json")):
-        for row in read_rows(results(path.name)):
-            key = row["test"], row["sparsity"]
-            found.setdefault(key, {}).setdefault(row["method"], []).append(row)
+    for row in rows:
+        key = row["text"], row["sparsity"]
+        found.setdefault(key, {}).setdefault(row["method"], []).append(row)
     return found
 
 
 def smollm2_real():
     """KL of StratNet over uniform's on both texts, and the geometric mean from 0.3 to 0.7."""
-    found = real("real-smollm2")
+    found = real("smollm2")
     asked = sorted({s for _, s in found})
     rows = []
     for text in dict.fromkeys(text for text, _ in found):
@@ -344,7 +395,7 @@ def smollm2_real():
 
 
 def smollm2_real_perplexity():
-    found = real("real-smollm2")
+    found = real("smollm2")
     asked = sorted({s for _, s in found})
     rows = []
     for text in dict.fromkeys(text for text, _ in found):
@@ -365,7 +416,7 @@ def beside_evopress():
     lines = []
     for text in ("wiki.test.raw", "c4-unseen.jsonl"):
         ratios = {s: [] for s in report.QUICK}
-        for (found, s), mine in real("real-smollm2").items():
+        for (found, s), mine in real("smollm2").items():
             if found == text and s in ratios:
                 pairs = zip(mine["unicuco"], mine["uniform"])
                 for seed, (ours, base) in enumerate(pairs):
@@ -633,6 +684,7 @@ BLOCKS = {
         refit_tiny_perplexity,
         refit_smollm2,
         refit_smollm2_perplexity,
+        refit_smollm2_says,
         qwen05,
         sizes,
         refitted_tiny,

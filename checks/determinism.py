@@ -3,9 +3,8 @@ How far apart are two runs that differ only in threads or in dtype? Measured on 
 not promised.
 
 Run       python checks/determinism.py                  (59 s on 2 cores, other work beside it)
-On one machine, with one number of threads and one dtype, everything is the same bit for bit:
-test_properties.py checks it. Here: KL
-of uniform strategies, and the strategies of a short search (20 evaluations of 1024 tokens), with 1
+On one machine, with one number of threads and one dtype, everything is the same bit for bit: the
+tests check it. Here: KL of uniform strategies, and the strategies of a short search (20 evaluations of 1024 tokens), with 1
 and 2 threads, in float32 and bfloat16.
 """
 
