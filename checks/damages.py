@@ -48,7 +48,7 @@ def rows_of(pruner, table, divergence, matrices):
         predicted, measured = float(table[i, j, level - 1]), divergence()
         rows.append(
             {
-                "block": i,
+                "block": i + 1,
                 "matrix": LINEARS[j],
                 "sparsity": level / LEVELS,
                 "predicted": predicted,

@@ -4,8 +4,8 @@ not promised.
 
 Run       python checks/determinism.py                  (59 s on 2 cores, other work beside it)
 On one machine, with one number of threads and one dtype, everything is the same bit for bit: the
-tests check it. Here: KL of uniform strategies, and the strategies of a short search (20 evaluations of 1024 tokens), with 1
-and 2 threads, in float32 and bfloat16.
+tests check it. Here: KL of uniform strategies, and the strategies of a short search (20 evaluations
+of 1024 tokens), with 1 and 2 threads, in float32 and bfloat16.
 """
 
 import sys
