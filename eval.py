@@ -697,8 +697,25 @@ def zero_shot_table(model, tokenizer, folder, limit=None, reference=None):
     for task in TASKS:
         results[task] = zero_shot(model, tokenizer, task, read_rows(folder, task, limit))
         show_accuracy(task, results[task], reference and reference[task])
-    print(f"{'average':<14} {'acc':<9} {np.mean([r['acc'] for r in results.values()]):.4f}")
+    line = f"{'average':<14} {'acc':<9} {np.mean([r['acc'] for r in results.values()]):.4f}"
+    if reference:
+        change, error = average_change(results, reference)
+        line += f"   {change:+.4f} ± {error:.4f} paired with the dense model"
+    print(line)
     return results
+
+
+def average_change(results, reference):
+    """How much higher the average accuracy of `results` is than that of `reference`, both {task:
+    result of `zero_shot`}, and its standard error, paired by document.
+    """
+    changes = [
+        np.equal(mine["predictions"], mine["gold"]).astype(float)
+        - np.equal(reference[task]["predictions"], mine["gold"])
+        for task, mine in results.items()
+    ]
+    error = math.sqrt(sum(standard_error(change) ** 2 for change in changes)) / len(changes)
+    return float(np.mean([change.mean() for change in changes])), error
 
 
 # -------------------------------------------------------------------------- semi-structured kernels

@@ -366,6 +366,14 @@ def test_eval_prints_zero_shot_accuracies_with_paired_differences_which_are_0_fr
             error
         ) == pytest.approx(np.std(right, ddof=1) / 3**0.5, abs=5e-5)
     assert f"{np.mean([r['acc'] for r in results.values()]):.4f}" in second.split("average")[1]
+    assert second.count("+0.0000 ± 0.0000 paired") == len(lines) + 1  # and of the average
+
+
+def test_the_change_of_an_average_is_paired_by_document_on_a_case_worked_by_hand():
+    right, wrong = {"gold": [1, 1], "predictions": [1, 1]}, {"gold": [1, 1], "predictions": [0, 1]}
+    # changes of the first task 1 and 0: mean 1/2, error sqrt(1/2) / sqrt(2) = 1/2; of the second 0
+    change, error = evaluation.average_change({"a": right, "b": right}, {"a": wrong, "b": right})
+    assert (change, error) == (0.25, pytest.approx(0.25, rel=1e-12))
 
 
 def test_a_forward_pass_is_timed_and_bad_arguments_of_eval_are_one_line(small, text, tasks, capsys):
