@@ -15,6 +15,7 @@ Full      python compare.py --model DIR --data c4.jsonl --test wiki.test.raw --b
 import argparse
 import hashlib
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -71,7 +72,7 @@ from script import (
     run,
 )
 from train import first_tokens, prior_of
-from unicuco import KL_CEILING, MAX, SearchSettings, cap_divergence, search, strategy_for
+from unicuco import KL_CEILING, KL_FLOOR, MAX, SearchSettings, cap_divergence, search, strategy_for
 
 SURVIVORS = (4, 2)  # of EvoPress's children, after a quarter and after a half of the tokens
 LEAST = 9  # evaluations of EvoPress: uniform pruning and one generation
@@ -306,8 +307,28 @@ def by_unicuco(run, method, mean):
     args = run.args
     key = f"{args.seed} {method}, {args.initial} and {args.rounds} rounds"
     made = run.journal(key, partial(learned, run, mean))
-    strategies = made["strategies"]
-    return [answer(run, method, float(s), strategies[s], made) for s in strategies]
+    return [
+        answer(run, method, float(s), found, made) | foreseen(found, made["last_round"])
+        for s, found in made["strategies"].items()
+    ]
+
+
+def last_round(log):
+    """[(predicted, measured)] of the strategies that a search measured last."""
+    last = [e for e in log if e["round"] == log[-1]["round"]]
+    return [(e["predicted"], e["measured"]) for e in last if e["predicted"] is not None]
+
+
+def foreseen(found, last):
+    """What the surrogate said of an answer before it was judged: KL on the search text, the same
+    and one standard deviation, and the median gap of the last round's predictions."""
+    log_kl, std = found["predicted"]["log_kl"], found["predicted"]["std"]
+    gaps = [abs(predicted / max(measured, KL_FLOOR) - 1) for predicted, measured in last]
+    return {
+        "predicted": math.exp(log_kl),
+        "predicted_at_most": math.exp(log_kl + std),
+        "last_round_gap": statistics.median(gaps) if gaps else None,
+    }
 
 
 def learned(run, mean):
@@ -323,7 +344,7 @@ def learned(run, mean):
     made = {
         "seconds": time.perf_counter() - started,
         "evaluations": run.evaluations() - before + read,
-        "last_round": [(e["predicted"], e["measured"]) for e in found.log[-settings.batch :]],
+        "last_round": last_round(found.log),
         "strategies": {},
     }
     for s in and_ends(run):

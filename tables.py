@@ -405,6 +405,28 @@ def smollm2_real_perplexity():
     return markdown(["perplexity at", *(f"{s:g}" for s in asked)], rows)
 
 
+def smollm2_predicted():
+    """What the surrogate predicted of StratNet's answers, on its search text, beside what was
+    measured on others: seeds apart.
+    """
+    rows = [r for r in present() if r["method"] == "unicuco" and not r["refit"]]
+    lines = []
+    for (seed, s), mine in grouped(rows, "seed", "sparsity").items():
+        said = mine[0]["predicted"]
+        up = mine[0]["predicted_at_most"] / said - 1
+        cells = [f"{r['kl']:.4f} ({r['kl'] / said - 1:+.0%})" for r in mine]
+        lines.append([f"seed {seed}, {s:g}", f"{said:.4f} ± {up:.1%}", *cells])
+    return markdown(["sparsity", "predicted", *(TEXTS[r["text"]] for r in mine)], lines)
+
+
+def smollm2_predicted_says():
+    """How far the last round's predictions were from what was measured on the search text."""
+    rows = [r for r in present() if r["method"] == "unicuco" and not r["refit"]]
+    gaps = {r["seed"]: r["last_round_gap"] for r in rows}
+    said = " and ".join(f"{gap:.1%} (seed {seed})" for seed, gap in gaps.items())
+    return f"Median gap of the last round's four predictions, on the search text: {said}."
+
+
 def beside_evopress():
     """KL of the present form over that of EvoPress at 104 evaluations a request, seed by seed: both
     as ratios to uniform's with the same masks, calibration and search tokens.
@@ -697,6 +719,8 @@ BLOCKS = {
         beside_evopress,
         smollm2_real,
         smollm2_real_perplexity,
+        smollm2_predicted,
+        smollm2_predicted_says,
         compare_tiny,
         compare_tiny_says,
         compare_tiny_paired,

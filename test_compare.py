@@ -655,6 +655,19 @@ def test_some_sparsities_alone_are_served_and_those_beside_them_are_extrapolated
     assert "2 sparsities were measured per method" in printed and "perplexity at 0.6\n" in printed
 
 
+def test_a_row_of_unicuco_says_what_its_surrogate_predicted(small, text, tmp_path, short):
+    words = ("--served", 0.5, "--methods", "unicuco")
+    assert call(compare, *options(small, text, tmp_path), *words) == 0
+    (ours,) = [r for r in read(tmp_path)[1] if r["method"] == "UniCuCo"]
+    assert 0 < ours["predicted"] < ours["predicted_at_most"] and ours["last_round_gap"] >= 0
+    found = {"predicted": {"log_kl": math.log(0.5), "std": math.log(1.1)}}
+    said = compare.foreseen(found, [(0.9, 1.0), (1.3, 1.0), (1.0, 0.8)])  # gaps .1 .3 .25
+    wanted = {"predicted": 0.5, "predicted_at_most": 0.55, "last_round_gap": 0.25}
+    assert said == pytest.approx(wanted, rel=1e-12)  # float64
+    log = [{"round": i // 2, "predicted": i or None, "measured": 2.0 * i} for i in range(4)]
+    assert compare.last_round(log) == [(2, 4.0), (3, 6.0)] and compare.last_round(log[:1]) == []
+
+
 def test_what_another_comparison_found_is_refitted_by_the_largest_budget_and_not_searched_again(
     small, text, tmp_path, short, monkeypatch
 ):
