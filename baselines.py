@@ -46,7 +46,12 @@ class Target:
 
     def met_by(self, strategy):
         """`strategy` (d,), all its logits shifted by one constant until the count is right."""
-        return shift_to(to_logits(strategy), self.sparsity, self.counted_sparsity)
+        return self.moved(to_logits(strategy))
+
+    def moved(self, logits):
+        """The strategy (d,) of `logits` (d,), shifted so."""
+        count = self.counted_sparsity(uniform(self.blocks, self.sparsity))
+        return shift_to(logits, count, self.counted_sparsity)
 
     def uniform(self):
         return self.met_by(uniform(self.blocks, self.sparsity))
@@ -342,7 +347,7 @@ def gp_search(f2, target, budget, seed=0, *, initial=12, batch=4, steps=200):
             gp = GaussianProcess("blocks").fit(torch.stack(X), torch.tensor(y, dtype=torch.float64))
             z = lowest_bounds(gp, best_of(X, y), target.sparsity, batch, steps=steps, generator=g)
             z = z[: budget - len(X)]
-            picks = [shift_to(p, target.sparsity, target.counted_sparsity) for p in z]
+            picks = [target.moved(p) for p in z]
         X += picks
         y += [log_divergence(f2(x)) for x in picks]
     return best_of(X, y)

@@ -45,7 +45,7 @@ from eval import TASKS, all_prompts, cut, read_rows, zero_shot
 from model import LINEARS
 from prune import F2, Setting, prepare, sources, tests
 from ranks import Masks, Pruner
-from refit import follow
+from refit import CONTRAST, follow
 from report import (
     ENDS,
     METHODS,
@@ -72,7 +72,16 @@ from script import (
     run,
 )
 from train import first_tokens, prior_of
-from unicuco import KL_CEILING, KL_FLOOR, MAX, SearchSettings, cap_divergence, search, strategy_for
+from unicuco import (
+    KL_CEILING,
+    KL_FLOOR,
+    MAX,
+    SearchSettings,
+    cap_divergence,
+    search,
+    softened,
+    strategy_for,
+)
 
 SURVIVORS = (4, 2)  # of EvoPress's children, after a quarter and after a half of the tokens
 LEAST = 9  # evaluations of EvoPress: uniform pruning and one generation
@@ -476,10 +485,19 @@ def refitted_all(run, answers, texts, owned):
         asked += [a | {"method": m} for a in asked if a["method"] == "uniform" for m in SPARSEGPT]
     rows = []
     for a in tqdm(asked, desc=f"seed {run.args.seed}, refitted", disable=None):
+        a = softer(run, a)
         found = run.journal(f"{name_of(a)}, refitted", partial(refitted, run, a, readers, owned))
         rows += [row("refitted", a, text, more) for text, more in found.items()]
     run.pruner.restore()
     return rows
+
+
+def softer(run, answer):
+    """The answer with the strategy that prune.py would refit, nearer to uniform: all alike."""
+    strategy = answer["strategy"]
+    if len({*strategy}) == 1:
+        return answer
+    return answer | {"strategy": softened(strategy, CONTRAST, run.pruner.sparsity).tolist()}
 
 
 SPARSEGPT = ("SparseGPT, Wanda's masks", "SparseGPT, its masks")
@@ -530,6 +548,7 @@ def refitted(run, answer, readers, owned):
             "tokens": reader.windows.numel(),
             "counted": counted,
             "refit_seconds": seconds,
+            "strategy": answer["strategy"],
             **outcome(*reader.f2.divergence.measure()),
         }
         for text, reader in readers.items()

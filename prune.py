@@ -30,7 +30,7 @@ from model import Llama
 from offload import offload_blocks
 from patterns import pattern_masks
 from ranks import METRICS, Pruner, Survivors
-from refit import follow
+from refit import CONTRAST, follow
 from request import (
     KINDS,
     Surrogate,
@@ -60,7 +60,15 @@ from script import (
     write_json,
     write_provenance,
 )
-from unicuco import Layout, Trained, cap_divergence, load_stratnet, strategy_for, trained_on_prior
+from unicuco import (
+    Layout,
+    Trained,
+    cap_divergence,
+    load_stratnet,
+    softened,
+    strategy_for,
+    trained_on_prior,
+)
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -240,12 +248,18 @@ class Service:
         """KL of the model that would be delivered, refitted if it would be: as measured, or what
         it stays below with probability --confidence.
         """
-        self.prune(strategy)
+        self.prune(self.delivered(strategy))
         kl, confidence = self.divergence(), self.args.confidence
         return kl if confidence is None else self.divergence.at_most(confidence)
 
     def bytes(self, strategy):
-        return packed_bytes(self.pruner, self.args.model, strategy)
+        return packed_bytes(self.pruner, self.args.model, self.delivered(strategy))
+
+    def delivered(self, strategy):
+        """The strategy (D,) that is applied: nearer to uniform if survivors are refitted."""
+        if self.trained is None or not self.args.refit:
+            return strategy
+        return softened(strategy, CONTRAST, self.pruner.sparsity)
 
     def prune(self, strategy):
         """Make the model that of the strategy, by ranks or in a pattern, survivors refitted or not.
@@ -307,7 +321,7 @@ class Service:
         meets it, or what it gives is no model.
         """
         started = time.perf_counter()
-        strategy = strategy_of(request, surrogate)
+        strategy = self.delivered(strategy_of(request, surrogate))
         masks, counted, values = self.prune(strategy)
         kl, ppl = self.divergence.measure()
         sure = self.args.confidence

@@ -25,6 +25,7 @@ from model import LINEARS
 STEPS = 8  # of conjugate gradients: within 3 % of the exact solution's error
 DAMPING = 0.1  # of the mean diagonal of H: how strongly survivors are held to their old values
 LEAD = 0.5  # how far the target leads from W x, x the refitted model's, to the dense model's output
+CONTRAST = 0.7  # of a strategy's logits before a refit, which makes good most where most was lost
 STAGES = 4  # in which a row loses its weights, where the refit chooses them
 BETWEEN = 3  # steps of conjugate gradients between two stages
 SOLVED = 2**23  # weights of a matrix solved for at once: 13 times their 34 MB live meanwhile

@@ -598,6 +598,24 @@ def test_a_search_that_starts_from_curves_measures_where_they_are_not_enough_and
     assert float(truth(ours[None])) < float(truth(before[None])) - 0.03
 
 
+def test_a_softened_strategy_has_the_same_count_and_its_logits_differ_by_that_much_less():
+    x, d_in = 0.9 * torch.rand(12, generator=torch.Generator().manual_seed(2)).double(), 4096
+
+    def counted(strategy):
+        return float((strategy * d_in + 1e-6).floor().mean() / d_in)
+
+    assert relative(unicuco.softened(x, 1.0, counted), x) < 1 / d_in
+    for contrast in (0.0, 0.5, 0.7):
+        soft = unicuco.softened(x, contrast, counted)
+        assert abs(counted(soft) - counted(x)) <= 1 / (12 * d_in)
+        gaps = [unicuco.to_logits(v).diff() for v in (x, soft)]
+        # at most one block is a step of 1 / d_in from where one shift would put it
+        assert (gaps[1] - contrast * gaps[0]).abs().median() < 1e-6  # float64
+    assert unicuco.softened([0.5] * 12, 0.7, counted).tolist() == pytest.approx(
+        [0.5] * 12, abs=1e-3
+    )
+
+
 def test_requests_of_a_step_are_random_ones_with_one_in_every_part_of_the_front():
     g = torch.Generator().manual_seed(0)
     batches = torch.stack([unicuco.stratified_requests(16, g) for _ in range(2000)])

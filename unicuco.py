@@ -448,14 +448,14 @@ def strategy_for(net, sparsity, counted_sparsity):
             low = middle
         else:
             high = middle
-    return shift_to(net.logits(request)[0].clamp(-CLAMP, CLAMP), sparsity, counted_sparsity)
+    logits = net.logits(request)[0].clamp(-CLAMP, CLAMP)
+    return shift_to(logits, counted_sparsity(torch.full_like(logits, sparsity)), counted_sparsity)
 
 
-def shift_to(logits, sparsity, counted_sparsity):
-    """The strategy MAX sigmoid(logits + shift) (d,) with the count of uniform at `sparsity`, to the
+def shift_to(logits, target, counted_sparsity):
+    """The strategy MAX sigmoid(logits + shift) (D,) whose counted sparsity is `target`, to the
     nearest single step.
     """
-    target = counted_sparsity(torch.full_like(logits, sparsity))
     low, high = -40.0, 40.0
     for _ in range(70):
         middle = (low + high) / 2
@@ -471,6 +471,14 @@ def shift_to(logits, sparsity, counted_sparsity):
         if abs(counted_sparsity(below) - target) < error:
             best, error = below, abs(counted_sparsity(below) - target)
     return best
+
+
+def softened(strategy, contrast, counted_sparsity):
+    """The strategy (D,) with the differences between its logits times `contrast`, at the same
+    count to the nearest single step: 1 leaves it, 0 makes it uniform.
+    """
+    strategy = torch.as_tensor(strategy, dtype=torch.float64)
+    return shift_to(contrast * to_logits(strategy), counted_sparsity(strategy), counted_sparsity)
 
 
 # ------------------------------------------------------------------------------------- on disk
