@@ -201,7 +201,7 @@ def stratnet_from_curvature(pruner, windows, seed):
     layout = Layout(len(pruner.live), pruner.d_in * pruner.d_out)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    net, scale = trained_on_prior(layout, curves, 3000, generator)
+    net, scale = trained_on_prior(layout, curves, 800, generator)
     nothing = torch.empty(0, len(layout.share), dtype=torch.float64)
     return Trained(net, layout, scale, nothing, nothing[:, 0], curves, {"mean": "curvature"})
 

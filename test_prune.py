@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import prune
 import ranks
+import refit
 import request
 import script
 import unicuco
@@ -664,6 +665,22 @@ def test_processes_of_torchrun_share_the_requests_and_write_what_one_writes(smal
         ]
     assert written["one"] == written["two"] and len(written["one"]) == 3
     assert tables["one"] == tables["two"] and len(tables["one"]) == 4
+
+
+def test_a_strategy_is_nearer_to_uniform_where_survivors_are_refitted_and_counts_the_same(
+    small, text, tmp_path
+):
+    path, records = trained_for(small, tmp_path / "net.safetensors"), {}
+    for how in ("--refit", "--no-refit"):
+        words = (*options(small, text), "--stratnet", path, "--sparsity", 0.5, how)
+        assert call(prune, *words, "--out", tmp_path / how) == 0
+        records[how] = json.loads((tmp_path / how / "strategy.json").read_text())
+    counts = [r["counted"] for r in records.values()]
+    assert abs(counts[0] - counts[1]) <= 1 / (3 * 64)
+    strategies = [torch.tensor(r["strategy"]).flatten() for r in records.values()]
+    refitted, pruned = (unicuco.to_logits(x.double()).diff() for x in strategies)
+    # but for the one matrix that is a step of its count off
+    assert (refitted - refit.CONTRAST * pruned).abs().median() < 1e-5  # float64, 30-fold bisected
 
 
 def test_a_stratnet_of_other_weights_or_another_metric_is_refused(small, text, tmp_path, capsys):
