@@ -477,8 +477,6 @@ def refitted_all(run, answers, texts, owned):
     """
     run.pruner.restore()
     readers = {text: Reader(run.pruner, windows) for text, windows in texts.items()}
-    for reader in readers.values():
-        reader.f2  # the dense model reads now
     candidates = without_smaller(answers) + found_before(run.args)
     asked = [a for s in run.args.refit for a in candidates if a["sparsity"] == s]
     if "sparsegpt" in run.args.methods:
@@ -535,6 +533,8 @@ def counts_of(masks):
 def refitted(run, answer, readers, owned):
     """{text: tokens, counted sparsity, KL and perplexity} of one answer after its refit."""
     pruner, windows = run.pruner, run.setting.calibration
+    for reader in readers.values():
+        reader.f2  # the dense model reads before it is pruned
     masks = owned.get(answer["method"], pruner).masks(answer["strategy"])
     started = time.perf_counter()
     if answer["method"] in SPARSEGPT:

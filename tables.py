@@ -246,6 +246,31 @@ def refit_smollm2_perplexity():
     return markdown([f"perplexity at {head[0]}", *head[1:]], lines)
 
 
+def smollm2_short():
+    """KL over that of uniform as pruned, geometric mean over both texts, seed by seed."""
+    rows = present()
+    kl = {(r["method"], r["refit"], r["sparsity"], r["seed"], r["text"]): r["kl"] for r in rows}
+    asked = sorted({r["sparsity"] for r in rows})
+    seeds, texts = (sorted({r[key] for r in rows}) for key in ("seed", "text"))
+    lines = []
+    for method, refit, name in (
+        ("unicuco", False, "**StratNet**"),
+        ("uniform", True, "uniform, refitted"),
+        ("unicuco", True, "**StratNet, refitted**"),
+    ):
+        cells = []
+        for s in asked:
+            ratios = [
+                [kl[method, refit, s, n, t] / kl["uniform", False, s, n, t] for t in texts]
+                for n in seeds
+                if (method, refit, s, n, texts[0]) in kl
+            ]
+            means = [statistics.geometric_mean(of_seed) for of_seed in ratios]
+            cells.append(pm(means, 3) if means else "-")
+        lines.append([name, *cells])
+    return markdown(["KL over uniform's at", *(f"{s:g}" for s in asked)], lines)
+
+
 def refit_smollm2_says():
     """What is left of bare uniform's KL: the geometric mean over sparsities and texts, by seed."""
     found = grouped(present(), "method", "refit", "seed")
@@ -707,6 +732,7 @@ BLOCKS = {
         refit_smollm2,
         refit_smollm2_perplexity,
         refit_smollm2_says,
+        smollm2_short,
         qwen05,
         sizes,
         refitted_tiny,
