@@ -220,16 +220,7 @@ def generation_cost(offspring, steps):
 
 
 def evopress(
-    f2,
-    steps,
-    target,
-    budget,
-    seed=0,
-    *,
-    snapshots=(),
-    offspring=16,
-    step=0.05,
-    groups=None,
+    f2, steps, target, budget, seed=0, *, snapshots=(), offspring=16, step=0.05, groups=None
 ):
     """EvoPress: (1 + lambda) evolution of one request, by KL.
 

@@ -641,6 +641,33 @@ def arguments():
     add_model(parser)
     add_texts(parser)
     add_searches(parser)
+    add_requests(parser)
+    add_judging(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
+    args = parser.parse_args()
+    at_least(args, 1, "requests", "seeds", "tokens", "calibration", "test_tokens")
+    at_least(args, 1, "initial", "rounds", "limit")
+    at_least(args, LEAST, "budget")
+    read_once(args)
+    args.ends = () if args.served else ENDS
+    args.served = served(args)
+    if args.refit is not None:
+        args.refit = args.refit or list(PERPLEXITIES)
+    elif args.refit_also is not None:
+        raise Refused("--refit-also says what else to refit: it goes with --refit")
+    args.out = args.out or Path("out") / args.model.resolve().name
+    return args
+
+
+def read_once(args):
+    """What cannot be read is refused now, not after hours of searching."""
+    for task in TASKS if args.tasks else ():
+        all_prompts(task, read_rows(args.tasks, task, args.limit))
+    if args.refit_also is not None:
+        read_comparison(args.refit_also)
+
+
+def add_requests(parser):
     number = {"type": int, "metavar": "N"}
     parser.add_argument("--requests", **number, default=64, help="how many are asked")
     parser.add_argument("--seeds", **number, default=1, help="how many seeds, from --seed on")
@@ -648,11 +675,15 @@ def arguments():
     parser.add_argument("--served", type=float, nargs="+", metavar="S", help=some)
     full = "serve and measure every request, by every method"
     parser.add_argument("--full", action="store_true", help=full)
-    refit = "also refit every method's answers at these sparsities (default: 0.5 0.6 0.7)"
-    parser.add_argument("--refit", type=float, nargs="*", metavar="S", help=refit)
     resume = "go on where the same comparison was stopped"
     parser.add_argument("--resume", action="store_true", help=resume)
+
+
+def add_judging(parser):
+    number = {"type": int, "metavar": "N"}
     parser.add_argument("--test-tokens", **number, default=8192, help="tokens of each unseen text")
+    refit = "also refit every method's answers at these sparsities (default: 0.5 0.6 0.7)"
+    parser.add_argument("--refit", type=float, nargs="*", metavar="S", help=refit)
     before = "with --refit: also what the methods of that comparison found, a file of compare.py"
     parser.add_argument("--refit-also", type=Path, metavar="FILE", help=before)
     tasks = (
@@ -661,23 +692,6 @@ def arguments():
     )
     parser.add_argument("--tasks", type=Path, metavar="DIR", help=tasks)
     parser.add_argument("--limit", **number, default=500, help="documents of each task")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/<model>")
-    args = parser.parse_args()
-    at_least(args, 1, "requests", "seeds", "tokens", "calibration", "test_tokens")
-    at_least(args, 1, "initial", "rounds", "limit")
-    at_least(args, LEAST, "budget")
-    for task in TASKS if args.tasks else ():  # before hours of searching, not after
-        all_prompts(task, read_rows(args.tasks, task, args.limit))
-    args.ends = () if args.served else ENDS
-    args.served = served(args)
-    if args.refit is not None:
-        args.refit = args.refit or list(PERPLEXITIES)
-    if args.refit_also is not None:
-        read_comparison(args.refit_also)  # refused before hours of searching
-        if args.refit is None:
-            raise Refused("--refit-also says what else to refit: it goes with --refit")
-    args.out = args.out or Path("out") / args.model.resolve().name
-    return args
 
 
 def add_searches(parser):
