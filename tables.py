@@ -271,6 +271,23 @@ def smollm2_short():
     return markdown(["KL over uniform's at", *(f"{s:g}" for s in asked)], lines)
 
 
+def smollm2_left():
+    """What of StratNet's gain a refit of both leaves, at each sparsity: one sentence."""
+    said = []
+    for text, mine in grouped(present(), "text").items():
+        found = grouped(mine, "method", "refit", "sparsity")
+        parts = []
+        for s in sorted(s for method, refit, s in found if refit and method == "unicuco"):
+            if ("uniform", True, s) in found:
+                pruned, refitted = (
+                    seed_by_seed(found["unicuco", refit, s], found["uniform", refit, s])
+                    for refit in (False, True)
+                )
+                parts.append(f"{pruned} becomes {refitted} at {s:g}")
+        said.append(f"{', '.join(parts)} on {TEXTS[text]}")
+    return f"On SmolLM2-135M, StratNet's KL over uniform's: {'; '.join(said)}."
+
+
 def refit_smollm2_says():
     """What is left of bare uniform's KL: the geometric mean over sparsities and texts, by seed."""
     found = grouped(present(), "method", "refit", "seed")
@@ -733,6 +750,7 @@ BLOCKS = {
         refit_smollm2_perplexity,
         refit_smollm2_says,
         smollm2_short,
+        smollm2_left,
         qwen05,
         sizes,
         refitted_tiny,
