@@ -469,6 +469,25 @@ def smollm2_predicted_says():
     return f"Median gap of the last round's four predictions, on the search text: {said}."
 
 
+def damages():
+    """c_m of the table against the measured KL of one matrix alone, by how much of it went."""
+    rows = read_rows(results("damages-smollm2.json"))
+    lines = []
+    for s, mine in grouped(rows, "sparsity").items():
+        gaps = [abs(r["gap"]) for r in mine]
+        lines.append(
+            [
+                f"{s:g}",
+                f"{min(r['measured'] for r in mine):.5f} to {max(r['measured'] for r in mine):.5f}",
+                f"{statistics.median(gaps):.1%}",
+                f"{sum(gap <= 0.25 for gap in gaps)} of {len(gaps)}",
+                f"{max(gaps):.1%}",
+            ]
+        )
+    head = ["sparsity of the matrix", "measured KL", "median gap", "within 25 %", "largest gap"]
+    return markdown(head, lines)
+
+
 def beside_evopress():
     """KL of the present form over that of EvoPress at 104 evaluations a request, seed by seed: both
     as ratios to uniform's with the same masks, calibration and search tokens.
@@ -765,6 +784,7 @@ BLOCKS = {
         smollm2_real_perplexity,
         smollm2_predicted,
         smollm2_predicted_says,
+        damages,
         compare_tiny,
         compare_tiny_says,
         compare_tiny_paired,
