@@ -551,6 +551,8 @@ def main():
     table = Table([r["name"] for r in requests], silent=args.json == "-")
     if first:
         announce(args, service, table, f"on {device}, {args.dtype} ({reason})")
+    if dist.is_initialized():
+        dist.barrier()  # nobody's row before the head of the table
     rows = serve_shared(service, requests, table)
     if first:
         report(args, service, table, device, requests, rows)
