@@ -314,7 +314,9 @@ def evolved(run, sparsity, budgets, matrices):
 def by_unicuco(run, method, mean):
     """Algorithm 1 once, then StratNet for every request."""
     args = run.args
-    key = f"{args.seed} {method}, {args.initial} and {args.rounds} rounds"
+    # with the steps, so that what an earlier StratNet answered is not taken for this one's
+    key = f"{args.seed} {method}, {args.initial} and {args.rounds} rounds of"
+    key += f" {SearchSettings.steps} steps"
     made = run.journal(key, partial(learned, run, mean))
     return [
         answer(run, method, float(s), found, made) | foreseen(found, made["last_round"])
@@ -359,8 +361,9 @@ def learned(run, mean):
     for s in and_ends(run):
         find = partial(strategy_for, found.net, counted_sparsity=run.pruner.sparsity)
         answered = timed(run, find, s)
-        mean, std = found.gp.posterior(torch.tensor([answered["strategy"]], dtype=torch.float64))
-        predicted = {"log_kl": mean.item(), "std": std.item()}
+        x = torch.tensor([answered["strategy"]], dtype=torch.float64)
+        log_kl, std = found.gp.posterior(x)
+        predicted = {"log_kl": log_kl.item(), "std": std.item()}
         made["strategies"][str(s)] = answered | {"predicted": predicted}
     return made
 
@@ -493,7 +496,7 @@ def refitted_all(run, answers, texts, owned):
 def softer(run, answer):
     """The answer with the strategy that prune.py would refit, nearer to uniform: all alike."""
     strategy = answer["strategy"]
-    if len({*strategy}) == 1:
+    if len({*strategy}) == 1:  # uniform already
         return answer
     return answer | {"strategy": softened(strategy, CONTRAST, run.pruner.sparsity).tolist()}
 

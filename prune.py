@@ -49,6 +49,7 @@ from script import (
     choose_device,
     choose_tokens,
     join_processes,
+    meet,
     new_folder,
     provenance,
     refuse_to_overwrite,
@@ -542,8 +543,7 @@ def main():
     requests = requests_of(args)
     if args.model.is_dir():
         files_to_copy(args.model)  # refused now, not after an hour of work
-    if dist.is_initialized():
-        dist.barrier()  # before one of them writes, all have seen that nothing is there
+    meet()  # before one process writes, all have seen that nothing is there
     device, dtype, reason = choose_device(args.device, args.dtype)
     reason = choose_tokens(args, device, reason)
     args.dtype = str(dtype)[6:]
@@ -551,8 +551,7 @@ def main():
     table = Table([r["name"] for r in requests], silent=args.json == "-")
     if first:
         announce(args, service, table, f"on {device}, {args.dtype} ({reason})")
-    if dist.is_initialized():
-        dist.barrier()  # nobody's row before the head of the table
+    meet()  # nobody's row before the head of the table
     rows = serve_shared(service, requests, table)
     if first:
         report(args, service, table, device, requests, rows)

@@ -263,6 +263,12 @@ def join_processes():
     return os.environ.get("RANK", "0") == "0"
 
 
+def meet():
+    """Under torchrun: wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 # ------------------------------------------------------------------------------------- files
 def sha256(path):
     """Hexadecimal digest of a file, read a megabyte at a time."""

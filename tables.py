@@ -272,20 +272,14 @@ def smollm2_short():
 
 
 def smollm2_left():
-    """What of StratNet's gain a refit of both leaves, at each sparsity: one sentence."""
-    said = []
+    """StratNet's KL over uniform's, both as pruned and both refitted: what of its gain is left."""
+    lines, asked = [], report.PERPLEXITIES
     for text, mine in grouped(present(), "text").items():
         found = grouped(mine, "method", "refit", "sparsity")
-        parts = []
-        for s in sorted(s for method, refit, s in found if refit and method == "unicuco"):
-            if ("uniform", True, s) in found:
-                pruned, refitted = (
-                    seed_by_seed(found["unicuco", refit, s], found["uniform", refit, s])
-                    for refit in (False, True)
-                )
-                parts.append(f"{pruned} becomes {refitted} at {s:g}")
-        said.append(f"{', '.join(parts)} on {TEXTS[text]}")
-    return f"On SmolLM2-135M, StratNet's KL over uniform's: {'; '.join(said)}."
+        for refit, how in ((False, "as pruned"), (True, "both refitted")):
+            pairs = [[found[name, refit, s] for name in ("unicuco", "uniform")] for s in asked]
+            lines.append([f"{TEXTS[text]}, {how}", *(seed_by_seed(*pair) for pair in pairs)])
+    return markdown(["StratNet's KL over uniform's at", *(f"{s:g}" for s in asked)], lines)
 
 
 def refit_smollm2_says():

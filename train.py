@@ -5,7 +5,7 @@ Source    UniCuCo (arXiv 2505.12216), on the batched loop of PSL-MOBO (arXiv 221
 Reading   8 of 9. Before: prune.py. Next: compare.py, or stop: this is the end of the core.
 Shapes    n strategies measured, d blocks.
 
-Laptop    python train.py                     (60 s; ends with where StratNet wins)
+Laptop    python train.py                     (50 s; ends with where StratNet wins)
 Full      torchrun --nproc-per-node=8 train.py --model ~/Llama-2-7b-hf --data c4.jsonl \\
               --test wiki.test.raw --tokens 16384
 """
@@ -40,6 +40,7 @@ from script import (
     choose_tokens,
     join_processes,
     locked,
+    meet,
     provenance,
     run,
     write_json,
@@ -264,8 +265,7 @@ def clear(out, first, resume):
     if first and not resume:
         for path in out.glob("evaluations.*.json"):
             path.unlink(missing_ok=True)
-    if dist.is_initialized():
-        dist.barrier()
+    meet()
 
 
 def save_search(out, result, curves, about):

@@ -130,12 +130,17 @@ def sample_requests(count, generator):
     return torch.stack([size, 1 - size], 1)
 
 
-def stratified_requests(count, generator):
-    """The same distribution, (count, 2): l1 is uniform within each of `count` equal parts of
-    [0, 1]. A batch then covers the whole front, and its mean gradient varies far less.
-    """
+def stratified(count, generator):
+    """Random numbers (count,), ascending: one in each of `count` equal parts of [0, 1)."""
     jitter = torch.rand(count, generator=generator, dtype=torch.float64)
-    size = (torch.arange(count) + jitter) / count
+    return (torch.arange(count) + jitter) / count
+
+
+def stratified_requests(count, generator):
+    """The same distribution, (count, 2), with l1 stratified: a batch covers the whole front, and
+    its mean gradient varies far less.
+    """
+    size = stratified(count, generator)
     return torch.stack([size, 1 - size], 1)
 
 
@@ -146,8 +151,7 @@ def first_design(count, blocks, generator):
     Departs from the usual Latin hypercube, whose mean sparsity would sit at 0.45 +- 0.05 when there
     are 12 to 30 blocks.
     """
-    jitter = torch.rand(count, generator=generator, dtype=torch.float64)
-    level = (torch.arange(count) + jitter) / count
+    level = stratified(count, generator)
     noise = torch.randn(count, blocks, generator=generator, dtype=torch.float64)
     return (0.05 + 0.75 * level[:, None] + 0.12 * noise).clamp(0, MAX)
 
@@ -367,8 +371,7 @@ def informed_design(net, layout, count, generator):
     compounds.
     """
     answers = net(sample_requests(1000, generator))
-    jitter = torch.rand(count, generator=generator, dtype=torch.float64)
-    levels = INFORMED[0] + (INFORMED[1] - INFORMED[0]) * (torch.arange(count) + jitter) / count
+    levels = INFORMED[0] + (INFORMED[1] - INFORMED[0]) * stratified(count, generator)
     nearest = (layout.level(answers) - levels[:, None]).abs().argmin(1)
     return scattered(answers[nearest], layout, generator, by=0.35)
 
