@@ -58,6 +58,7 @@ from script import (
     say,
     sha256,
     strict,
+    together,
     write_json,
     write_provenance,
 )
@@ -530,7 +531,7 @@ def serve_shared(service, requests, table):
         return serve_all(service, requests, table)
     rank, world = dist.get_rank(), dist.get_world_size()
     shares = [None] * world
-    dist.all_gather_object(shares, serve_all(service, requests[rank::world], table))
+    together(dist.all_gather_object, shares, serve_all(service, requests[rank::world], table))
     dist.destroy_process_group()
     return [shares[i % world][i // world] for i in range(len(requests))]
 

@@ -44,6 +44,10 @@ class Refused(ValueError):
     """
 
 
+class Died(RuntimeError):
+    """Another of torchrun's processes is gone, so this one cannot go on."""
+
+
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
@@ -96,6 +100,9 @@ def run(main, hint=""):
         if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun's first process says the same
             sys.exit(2)
         fail(error)
+    except Died:  # pragma: no cover (in a process of its own, which ends here)
+        print(f"a process of this run died{hint}", file=sys.stderr, flush=True)
+        os._exit(1)  # the usual way out, gloo's own threads can abort
     except torch.cuda.OutOfMemoryError as error:
         fail(f"{OUT_OF_MEMORY} ({first_line(error)})")
     except (OSError, SafetensorError) as error:  # the second: a full disk while weights are written
@@ -263,10 +270,18 @@ def join_processes():
     return os.environ.get("RANK", "0") == "0"
 
 
+def together(act, *given):
+    """act(*given), an exchange of all of torchrun's processes; Died when one of them is gone."""
+    try:
+        return act(*given)
+    except RuntimeError as error:
+        raise Died(first_line(error)) from None
+
+
 def meet():
     """Under torchrun: wait until every process is here."""
     if dist.is_initialized():
-        dist.barrier()
+        together(dist.barrier)
 
 
 # ------------------------------------------------------------------------------------- files

@@ -300,6 +300,17 @@ def test_a_bug_of_ours_keeps_its_traceback_and_bad_input_is_one_line():
             assert "ValueError: no" in done.stderr
 
 
+def test_a_process_whose_peer_is_gone_says_so_in_one_line_whatever_they_exchange():
+    program = (
+        "from script import run, together\n"
+        "def gone(x): raise RuntimeError('Connection closed by peer')\n"
+        "run(lambda: together(gone, 1), ': what was written is whole')"
+    )
+    done = run_script("-c", program)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == "a process of this run died: what was written is whole\n"
+
+
 @pytest.mark.parametrize("bug", [ValueError, TypeError, AssertionError, KeyError, RuntimeError])
 def test_no_error_but_refused_and_those_of_the_disk_is_turned_into_a_line(bug, capsys):
     def broken():

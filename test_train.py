@@ -347,7 +347,7 @@ def test_a_process_that_dies_ends_the_run_with_one_message_and_what_was_measured
     processes[1].communicate()
     assert processes[0].returncode == 1 and "Traceback" not in said
     assert said.strip().splitlines()[-1] == (
-        "a process of this run died; finished evaluations are kept,"
+        "a process of this run died: what was measured is kept,"
         " the same command with --resume goes on"
     )
     assert sum(kept(out / f"evaluations.{rank}.json") for rank in range(2)) >= 8

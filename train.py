@@ -14,10 +14,8 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -43,6 +41,7 @@ from script import (
     meet,
     provenance,
     run,
+    together,
     write_json,
     write_provenance,
 )
@@ -58,10 +57,6 @@ from unicuco import (
 )
 
 SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-DIED = (
-    "a process of this run died; finished evaluations are kept, "
-    "the same command with --resume goes on"
-)
 
 
 # ----------------------------------------------------------------------------- f2 with a memory
@@ -112,7 +107,7 @@ class Measure:
         """KL of each strategy of one batch: a list of floats."""
         if self.world > 1:  # every rank searches alike; should processors disagree, rank 0 is right
             agreed = torch.stack(list(strategies))
-            dist.broadcast(agreed, 0)
+            together(dist.broadcast, agreed, 0)
             strategies = list(agreed)
         values = torch.zeros(len(strategies), dtype=torch.float64)
         for i in range(self.rank, len(strategies), self.world):
@@ -132,11 +127,7 @@ class Measure:
     def of_all_ranks(self, values):
         """Values (B,), of which each rank has measured its own, complete on every rank."""
         if self.world > 1:
-            try:
-                dist.all_reduce(values)
-            except RuntimeError:  # pragma: no cover (in a process of its own, which ends here)
-                print(DIED, file=sys.stderr, flush=True)
-                os._exit(1)  # the usual way out, gloo's own threads can abort
+            together(dist.all_reduce, values)
         return values
 
     def hypervolume(self, log, scale):
@@ -251,7 +242,7 @@ def from_the_first(first, make):
     if not dist.is_initialized():
         return make()
     made = [make() if first else None]
-    dist.broadcast_object_list(made, 0)
+    together(dist.broadcast_object_list, made, 0)
     return made[0]
 
 
