@@ -516,11 +516,13 @@ def family(answer):
 
 
 def found_before(args):
-    """Answers of this seed in the comparison --refit-also, of methods that --methods leaves out."""
+    """Opponents' answers of this seed in the comparison --refit-also, of methods that --methods
+    leaves out."""
     if args.refit_also is None:
         return []
     rows = read_comparison(args.refit_also)[1]
-    here = {METHODS.get(name) for name in args.methods} | {"uniform"}
+    ours = METHODS["unicuco"], METHODS["constant"]
+    here = {METHODS.get(name) for name in args.methods} | {"uniform", *ours}
     rows = [r for r in rows if r["table"] == "requests" and r["seed"] == args.seed]
     rows = [r for r in rows if r["text"] == rows[0]["text"] and family(r) not in here]
     return without_smaller([{key: r[key] for key in ANSWER} for r in rows])
@@ -687,7 +689,7 @@ def add_judging(parser):
     parser.add_argument("--test-tokens", **number, default=8192, help="tokens of each unseen text")
     refit = "also refit every method's answers at these sparsities (default: 0.5 0.6 0.7)"
     parser.add_argument("--refit", type=float, nargs="*", metavar="S", help=refit)
-    before = "with --refit: also what the methods of that comparison found, a file of compare.py"
+    before = "with --refit: also what opponents in that comparison found, a file of compare.py"
     parser.add_argument("--refit-also", type=Path, metavar="FILE", help=before)
     tasks = (
         "also, at 0.5 and 0.6: zero-shot tasks (see eval.py) and all of the first test text, for"
@@ -701,7 +703,7 @@ def add_searches(parser):
     number = {"type": int, "metavar": "N"}
     parser.add_argument(
         "--methods",
-        nargs="+",
+        nargs="*",
         choices=[*METHODS, "sparsegpt"],
         default=["owl", "unicuco", "gp", "evopress"],
         metavar="NAME",
