@@ -41,7 +41,7 @@ from baselines import (
     uniform,
 )
 from curvature import cost_in_tokens
-from eval import TASKS, all_prompts, cut, read_rows, zero_shot
+from eval import TASKS, all_prompts, cut, read_rows, t_quantile, zero_shot
 from model import LINEARS
 from prune import F2, Setting, prepare, sources, tests
 from ranks import Masks, Pruner
@@ -88,21 +88,31 @@ LEAST = 9  # evaluations of EvoPress: uniform pruning and one generation
 HARD = (0.5, 0.6)  # requests whose strategies are read a whole text and asked zero-shot tasks
 COSTS = ("evaluations", "seconds", "shared_evaluations", "shared_seconds")
 ANSWER = ("seed", "method", "sparsity", *COSTS, "strategy")  # how a row came to be
+SURE = 0.95  # probability of what is said of text that no search saw
 LONG = 65536  # tokens of that text that they are read for seeds after the first
 
 
 # ------------------------------------------------------------------------------------- searching
 class Counter(F2):
-    """F2 that moves a progress bar. share: how many times fewer tokens than all search tokens."""
+    """F2 that moves a progress bar.
+
+    share           how many times fewer tokens than all search tokens
+    apart           of each strategy measured, how far apart its windows were: std over mean of
+                    their KL
+    """
 
     def __init__(self, pruner, windows, bar, share=1):
         super().__init__(pruner, windows)
         self.bar = bar
         self.share = share
+        self.apart = []
 
     def __call__(self, strategy):
         self.bar.update(1 / self.share)
-        return super().__call__(strategy)
+        kl = super().__call__(strategy)
+        each = self.divergence.of_windows
+        self.apart.append(float(each.std() / each.mean()) if len(each) > 1 else math.nan)
+        return kl
 
 
 @dataclass
@@ -314,12 +324,12 @@ def evolved(run, sparsity, budgets, matrices):
 def by_unicuco(run, method, mean):
     """Algorithm 1 once, then StratNet for every request."""
     args = run.args
-    # with the steps, so that what an earlier StratNet answered is not taken for this one's
+    # with the steps and what is kept, so that an earlier version's answers are not taken for these
     key = f"{args.seed} {method}, {args.initial} and {args.rounds} rounds of"
-    key += f" {SearchSettings.steps} steps"
+    key += f" {SearchSettings.steps} steps, with windows apart"
     made = run.journal(key, partial(learned, run, mean))
     return [
-        answer(run, method, float(s), found, made) | foreseen(found, made["last_round"])
+        answer(run, method, float(s), found, made) | foreseen(found, made)
         for s, found in made["strategies"].items()
     ]
 
@@ -330,16 +340,33 @@ def last_round(log):
     return [(e["predicted"], e["measured"]) for e in last if e["predicted"] is not None]
 
 
-def foreseen(found, last):
+def foreseen(found, made):
     """What the surrogate said of an answer before it was judged: KL on the search text, the same
-    and one standard deviation, and the median gap of the last round's predictions."""
+    and one standard deviation, what KL on all such text stays below with probability SURE, and the
+    median gap of the last round's predictions.
+
+    found    of `learned`'s strategies;  made: what `learned` returns
+    """
     log_kl, std = found["predicted"]["log_kl"], found["predicted"]["std"]
-    gaps = [abs(predicted / max(measured, KL_FLOOR) - 1) for predicted, measured in last]
+    gaps = [abs(predicted / max(measured, KL_FLOOR) - 1) for predicted, measured in made["last"]]
+    factor = sampling_factor(made["apart"], made["windows"])
     return {
         "predicted": math.exp(log_kl),
         "predicted_at_most": math.exp(log_kl + std),
+        "other_text_at_most": factor and factor * math.exp(log_kl),
         "last_round_gap": statistics.median(gaps) if gaps else None,
     }
+
+
+def sampling_factor(apart, windows):
+    """How many times its KL on so many windows a strategy may have on all text of their kind, with
+    probability SURE; None of fewer than three windows, which say nothing.
+
+    apart    std over mean of the windows' KL: they are a sample, so Student's t of their mean
+    """
+    if windows < 3:
+        return None
+    return 1 + t_quantile(SURE, windows - 1) * apart / math.sqrt(windows)
 
 
 def learned(run, mean):
@@ -355,7 +382,9 @@ def learned(run, mean):
     made = {
         "seconds": time.perf_counter() - started,
         "evaluations": run.evaluations() - before + read,
-        "last_round": last_round(found.log),
+        "last": last_round(found.log),
+        "apart": statistics.median(run.f2.apart[-len(found.log) :]),
+        "windows": len(run.f2.windows),
         "strategies": {},
     }
     for s in and_ends(run):
