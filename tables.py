@@ -877,14 +877,23 @@ def used():
 
 
 def fill(page, sources=False):
-    """The text of a page with every block made anew; sources: what made a table stands under it."""
+    """The text of a page with every block made anew; sources: what made a table stands under it,
+    whole where the page names its file first.
+    """
+    told = set()
+
+    def under(files):
+        lines = [made_by(new)] if (new := [f for f in files if f not in told]) else []
+        again = [f for f in files if f in told]
+        told.update(files)
+        return "  \n".join(lines + ([f"{', '.join(again)}: see above."] if again else []))
 
     def made(match):
         if match[1] not in BLOCKS:
             raise Refused(f"no table is called {match[1]}: tables.py has {', '.join(BLOCKS)}")
         text, files = block(match[1])
-        under = f"\n\n{made_by(files)}" if sources and text.startswith("| ") else ""
-        return f"<!-- table:{match[1]} -->\n{text}{under}\n<!-- end -->"
+        source = f"\n\n{under(files)}" if sources and text.startswith("| ") else ""
+        return f"<!-- table:{match[1]} -->\n{text}{source}\n<!-- end -->"
 
     return re.sub(r"<!-- table:([\w-]+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
 

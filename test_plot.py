@@ -85,6 +85,18 @@ def test_what_a_run_recorded_stands_over_what_is_written_by_hand(results, tmp_pa
     assert "`python a.py` at 7654321-dirty" in said and "threads 3, torch 2." in said
 
 
+def test_what_made_a_file_stands_whole_under_its_first_table_and_is_pointed_to_from_the_next(
+    results, monkeypatch
+):
+    results()
+    table = "| a |\n| - |"
+    one = lambda: tables.results("one.json") and table  # noqa: E731
+    monkeypatch.setattr(tables, "BLOCKS", {"a": one, "b": one})
+    page = tables.fill("<!-- table:a -->\n<!-- end -->\n<!-- table:b -->\n<!-- end -->", True)
+    assert page.count("made by") == 1 and page.count("one.json: see above.") == 1
+    assert page.index("made by") < page.index("see above")
+
+
 def test_every_flag_and_file_that_the_readme_names_is_there():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     code = "".join(path.read_text() for path in ROOT.glob("*.py"))
