@@ -43,7 +43,7 @@ from baselines import (
 from curvature import cost_in_tokens
 from eval import TASKS, all_prompts, cut, read_rows, t_quantile, zero_shot
 from model import LINEARS
-from prune import F2, Setting, prepare, sources, tests
+from prune import F2, Setting, prepare, sources, stratnet_from_curvature, tests
 from ranks import Masks, Pruner
 from refit import CONTRAST, follow
 from report import (
@@ -397,10 +397,21 @@ def learned(run, mean):
     return made
 
 
+def by_curvature(run, method):
+    """StratNet trained on the table of curvature alone, as prune.py does where it finds none."""
+    started, windows = time.perf_counter(), run.setting.calibration
+    trained = stratnet_from_curvature(run.pruner, windows, run.args.seed)
+    seconds = run.journal(f"{run.args.seed} {method}", lambda: time.perf_counter() - started)
+    read = cost_in_tokens(windows) / run.f2.windows.numel()
+    find = partial(strategy_for, trained.net, counted_sparsity=run.pruner.sparsity)
+    return each(run, method, find, and_ends(run), {"seconds": seconds, "evaluations": read})
+
+
 SEARCHES = {
     "owl": by_owl,
     "unicuco": partial(by_unicuco, mean="curvature"),
     "constant": partial(by_unicuco, mean="constant"),
+    "curvature": by_curvature,
     "gp": by_gp,
     "evopress": by_evopress,
     "matrices": partial(by_evopress, matrices=True),
@@ -550,7 +561,7 @@ def found_before(args):
     if args.refit_also is None:
         return []
     rows = read_comparison(args.refit_also)[1]
-    ours = METHODS["unicuco"], METHODS["constant"]
+    ours = METHODS["unicuco"], METHODS["constant"], METHODS["curvature"]
     here = {METHODS.get(name) for name in args.methods} | {"uniform", *ours}
     rows = [r for r in rows if r["table"] == "requests" and r["seed"] == args.seed]
     rows = [r for r in rows if r["text"] == rows[0]["text"] and family(r) not in here]

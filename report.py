@@ -23,6 +23,7 @@ METHODS = {
     "owl": "OWL, best of 12",
     "unicuco": "UniCuCo",
     "constant": "UniCuCo, constant mean",
+    "curvature": "UniCuCo, nothing measured",
     "gp": "GP per request",
     "evopress": "EvoPress",
     "matrices": "matrix EvoPress",
@@ -32,7 +33,7 @@ METHODS = {
     "global": "global threshold",
 }
 # what 64 requests cost no more searches than one
-SINGLE = ("unicuco", "constant", "dlp", "dynamic", "magnitude", "global")
+SINGLE = ("unicuco", "constant", "curvature", "dlp", "dynamic", "magnitude", "global")
 SHARED = ("uniform", *(METHODS[name] for name in SINGLE))
 
 

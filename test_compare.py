@@ -21,6 +21,7 @@ import baselines
 import compare
 import curvature
 import eval as evaluation
+import prune
 import ranks
 import refit
 import report
@@ -670,6 +671,22 @@ def test_a_row_of_unicuco_says_what_its_surrogate_predicted(small, text, tmp_pat
     assert compare.sampling_factor(0.3, 2) is None
     log = [{"round": i // 2, "predicted": i or None, "measured": 2.0 * i} for i in range(4)]
     assert compare.last_round(log) == [(2, 4.0), (3, 6.0)] and compare.last_round(log[:1]) == []
+
+
+def test_with_nothing_measured_stratnet_costs_the_passes_of_its_table_and_is_prune_pys(
+    small, text, tmp_path
+):
+    words = ("--served", 0.5, "--methods", "curvature")
+    assert call(compare, *options(small, text, tmp_path), *words) == 0
+    (ours,) = [r for r in read(tmp_path)[1] if r["method"] == "UniCuCo, nothing measured"]
+    # 4 windows of 64 tokens: one pass of 256, counted as 4 forward passes; f2 has 256 tokens
+    assert (ours["evaluations"], ours["shared_evaluations"]) == (0, 4)
+    answer = tmp_path / "answer.json"
+    asked = ("--sparsity", 0.5, "--no-refit", "--dry-run", "--json", answer)
+    given = ("--seqlen", 64, "--calibration", 4, "--tokens", 256)
+    assert call(prune, "--model", small, "--data", text, *CPU, *given, *asked) == 0
+    (row,) = json.loads(answer.read_text())
+    assert sum(row["strategy"], []) == ours["strategy"]
 
 
 def test_what_another_comparison_found_is_refitted_by_the_largest_budget_and_not_searched_again(
