@@ -251,8 +251,10 @@ def show_requests(rows, inputs):
     seeds = len(grouped(rows, "seed"))
     said = "All were served and measured, and 0.3 to 0.7 beside them."
     if extrapolates(inputs):
+        count = len(inputs["served"])
         said = (
-            f"{len(inputs['served'])} sparsities were measured per method; (*) extrapolated:"
+            f"{count} {'sparsity was' if count == 1 else 'sparsities were'} measured per method;"
+            " (*) extrapolated:"
             f" seconds and evaluations per request, times {inputs['requests']}."
         )
     several = "s" if seeds > 1 else ""
