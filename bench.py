@@ -224,11 +224,18 @@ def time_refit(table, pruner, windows):
         whole,
         "at least 0.5",
     )
+    weigh(
+        table,
+        f"memory of a refit, {windows.numel()} tokens",
+        pruner.model,
+        lambda: follow(pruner, wishes, windows),
+        bar="none: states of all windows, sums and the new values",
+    )
 
 
-def weigh(table, stage, model, evaluation):
-    """Add the memory of `evaluation`, where Linux tells it."""
-    used = peak(evaluation)
+def weigh(table, stage, model, work, bar="at most 0.3 of the weights and a chunk"):
+    """Add the memory of `work`, where Linux tells it."""
+    used = peak(work)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     if used is not None:
         table.add(
@@ -237,7 +244,7 @@ def weigh(table, stage, model, evaluation):
             f" a chunk of logits {4 * CHUNK / 1e6:.0f}",
             used / 1e6,
             0.0,
-            "at most 0.3 of the weights and a chunk",
+            bar,
         )
 
 

@@ -203,13 +203,14 @@ def sizes(figure, made):
     axes = figure.subplots()
     weights = [count for _, count, _ in made]
     for s, colour in zip(made[0][2], (GREEN, BLUE, ORANGE)):
-        ratios = [of[s] for _, _, of in made]
+        measured, ratios = zip(*((count, of[s]) for _, count, of in made if s in of))
         means = [statistics.mean(r) for r in ratios]
         wide = [statistics.stdev(r) if len(r) > 1 else 0 for r in ratios]
-        axes.errorbar(weights, means, wide, fmt="o-", color=colour, lw=1, label=f"at {s:g}")
+        axes.errorbar(measured, means, wide, fmt="o-", color=colour, lw=1, label=f"at {s:g}")
     axes.axhline(1, color=GREY, lw=1)
     axes.set(xscale="log", xlabel="weights of the model", ylabel="KL over that of uniform pruning")
-    axes.set_xticks(weights, [f"{name}\n{count / 1e6:g}M" for name, count, _ in made])
+    names = [name.replace("-", "-\n", 1) for name, _, _ in made]  # or neighbours overlap
+    axes.set_xticks(weights, [f"{name}\n{n / 1e6:g}M" for name, n in zip(names, weights)])
     axes.minorticks_off()
     axes.set(ylim=(0, 1.1), xlim=(weights[0] / 2, weights[-1] * 2))
     axes.set_title("The gain over uniform pruning, by size of the model", loc="left")

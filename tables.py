@@ -315,38 +315,70 @@ def qwen05():
     return markdown([*head, *(f"perplexity, {n}" for n in names)], rows)
 
 
-# name, weights of all kinds, the runs of train.py or the rows of prune.py that were made with it
+def qwen15():
+    """KL and perplexity on Qwen2.5-Coder-1.5B, nothing refitted and nothing measured."""
+    found = grouped(comparison("qwen15")[1], "sparsity", "method")
+    rows = []
+    for s in sorted({s for s, _ in found}):
+        (u,), (x,) = found[s, "uniform"], found[s, METHODS["curvature"]]
+        ppl = [f"{r['ppl']:.2f}" for r in (u, x)]
+        rows.append(
+            [f"{s:g}", f"{u['kl']:.4f}", f"{x['kl']:.4f}", f"{x['kl'] / u['kl']:.3f}", *ppl]
+        )
+    head = ["sparsity", "KL, uniform", "KL, StratNet", "StratNet / uniform"]
+    return markdown([*head, "perplexity, uniform", "perplexity, StratNet"], rows)
+
+
+SIZED = (0.3, 0.5, 0.6)  # sparsities at which models of several sizes were measured
+
+
+def gain(pairs):
+    """{sparsity: KL over uniform's of every seed} of pairs {sparsity: (rows, rows of uniform)}."""
+    return {
+        s: [ours["kl"] / theirs["kl"] for ours, theirs in zip(*both)] for s, both in pairs.items()
+    }
+
+
+def gain_of_train(stem):
+    """`gain` of what train.py made, on its first test text."""
+    rows = real(stem)
+    text = next(text for text, _ in rows)
+    return gain({s: (rows[text, s]["unicuco"], rows[text, s]["uniform"]) for s in SIZED})
+
+
+def gain_of_prune(stem):
+    """`gain` of rows of prune.py."""
+    rows = refit_rows(stem)
+    return gain({s: (rows["unicuco", False, s], rows["uniform", False, s]) for s in SIZED})
+
+
+def gain_of_compare(stem):
+    """`gain` of a comparison of StratNet with nothing measured, on its first test text."""
+    rows = [r for r in comparison(stem)[1] if r["table"] == "requests"]
+    found = grouped([r for r in rows if r["text"] == rows[0]["text"]], "method", "sparsity")
+    ours, theirs = METHODS["curvature"], "uniform"
+    return gain({s: (found[ours, s], found[theirs, s]) for s in SIZED if (ours, s) in found})
+
+
+# name, weights of all kinds, how its gain is read of which results
 MODELS = (
-    ("the embedded model", 5.5e6, "tiny"),
-    ("SmolLM2-135M", 134.5e6, "smollm2"),
-    ("Qwen2.5-Coder-0.5B", 494e6, "qwen05"),
+    ("the embedded model", 5.5e6, gain_of_train, "tiny"),
+    ("SmolLM2-135M", 134.5e6, gain_of_train, "smollm2"),
+    ("Qwen2.5-Coder-0.5B", 494e6, gain_of_prune, "qwen05"),
+    ("Qwen2.5-Coder-1.5B", 1543.7e6, gain_of_compare, "qwen15"),
 )
-SIZED = (0.3, 0.5, 0.6)  # sparsities at which all of them were measured
 
 
 def gains():
-    """[(name, weights, {sparsity: KL over uniform's of every seed})], nothing refitted, on the
-    first test text of each.
-    """
-    found = []
-    for name, weights, stem in MODELS[:2]:
-        rows = real(stem)
-        text = next(text for text, _ in rows)
-        pairs = {s: zip(rows[text, s]["unicuco"], rows[text, s]["uniform"]) for s in SIZED}
-        ratios = {s: [a["kl"] / b["kl"] for a, b in both] for s, both in pairs.items()}
-        found.append((name, weights, ratios))
-    name, weights, stem = MODELS[2]
-    rows = refit_rows(stem)
-    pairs = {s: zip(rows["unicuco", False, s], rows["uniform", False, s]) for s in SIZED}
-    ratios = {s: [a["kl"] / b["kl"] for a, b in both] for s, both in pairs.items()}
-    return [*found, (name, weights, ratios)]
+    """[(name, weights, `gain`)] of MODELS, nothing refitted."""
+    return [(name, weights, read(stem)) for name, weights, read, stem in MODELS]
 
 
 def sizes():
     """Gain against model size."""
     rows = [
-        [name, f"{weights / 1e6:g}M", *(pm(ratios[s], 3) for s in SIZED)]
-        for name, weights, ratios in gains()
+        [name, f"{weights / 1e6:g}M", *(pm(of[s], 3) if s in of else "-" for s in SIZED)]
+        for name, weights, of in gains()
     ]
     return markdown(["KL over uniform's", "weights", *(f"at {s:g}" for s in SIZED)], rows)
 
@@ -378,6 +410,23 @@ def refitted_tiny():
 
 def refitted_smollm2():
     return refitted_block(smollm2_seeds())
+
+
+def refitted_opponents():
+    return refitted_block(comparison("smollm2-opponents")[1])
+
+
+def refitted_opponents_says():
+    """Each method's refitted KL over refitted uniform's, one mean over texts and sparsities."""
+    rows = [r for r in comparison("smollm2-opponents")[1] if r["table"] == "refitted"]
+    base = {(r["text"], r["sparsity"]): r["kl"] for r in rows if r["method"] == "uniform"}
+    ratios = {}
+    for r in (r for r in rows if r["method"] != "uniform"):
+        ratios.setdefault(r["method"], []).append(r["kl"] / base[r["text"], r["sparsity"]])
+    means = {method: statistics.geometric_mean(of) for method, of in ratios.items()}
+    said = ", ".join(f"{method} {means[method]:.3f}" for method in sorted(means, key=means.get))
+    asked = joined(sorted({s for _, s in base}))
+    return f"KL over refitted uniform's, geometric mean of both texts at {asked}: {said}."
 
 
 def coverage():
@@ -765,9 +814,12 @@ BLOCKS = {
         smollm2_short,
         smollm2_left,
         qwen05,
+        qwen15,
         sizes,
         refitted_tiny,
         refitted_smollm2,
+        refitted_opponents,
+        refitted_opponents_says,
         compare_present,
         compare_present_says,
         compare_large,

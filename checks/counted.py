@@ -1,7 +1,7 @@
 """
 What pruning Llama 2 costs on a GPU, counted on shapes alone: no weight exists, nothing is timed.
 
-Run       python checks/counted.py            (6 minutes; ends with results/counted-llama2.json)
+Run       python checks/counted.py            (15 minutes; ends with results/counted-llama2.json)
 Counted   bytes that kernels touch, FLOPs of matrix products, kernels, the most bytes held: by the
           simulated device of simcuda.py, with bfloat16 weights and the defaults of prune.py.
 Not here  time, for no GPU has run this; the table of curvature, whose operators need values.
