@@ -461,7 +461,7 @@ def test_the_last_stratnet_is_trained_on_the_mean_alone_and_the_ones_before_on_t
 ):
     kappas, original = [], unicuco.train_stratnet
 
-    def spy(net, layout, gp, scale, steps, kappa, generator):
+    def spy(net, layout, gp, scale, steps, kappa, generator, **how):
         kappas.append(kappa)
         original(net, layout, gp, scale, 1, kappa, generator)
 
