@@ -17,7 +17,7 @@ Shapes    B requests, D sparsities of a strategy, n strategies measured, c candi
   ideal        z*                         (-0.05, -0.05), a little better than anything reachable
   net          h_phi                      StratNet: request -> strategy
 
-Laptop    python unicuco.py            (40 s; Algorithm 1 on a toy f2: front, StratNet, uniform)
+Laptop    python unicuco.py            (20 s; Algorithm 1 on a toy f2: front, StratNet, uniform)
 """
 
 import contextlib
