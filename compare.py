@@ -41,7 +41,7 @@ from baselines import (
     uniform,
 )
 from curvature import cost_in_tokens
-from eval import TASKS, all_prompts, cut, read_rows, t_quantile, zero_shot
+from eval import TASKS, all_prompts, cut, read_rows, zero_shot
 from model import LINEARS
 from prune import F2, Setting, prepare, sources, stratnet_from_curvature, tests
 from ranks import Masks, Pruner
@@ -97,21 +97,21 @@ class Counter(F2):
     """F2 that moves a progress bar.
 
     share           how many times fewer tokens than all search tokens
-    apart           of each strategy measured, how far apart its windows were: std over mean of
-                    their KL
+    factors         of each strategy measured, how many times its KL it has at most on all such
+                    text, with probability SURE; fewer than three windows do not say
     """
 
     def __init__(self, pruner, windows, bar, share=1):
         super().__init__(pruner, windows)
         self.bar = bar
         self.share = share
-        self.apart = []
+        self.factors = []
 
     def __call__(self, strategy):
         self.bar.update(1 / self.share)
         kl = super().__call__(strategy)
-        each = self.divergence.of_windows
-        self.apart.append(float(each.std() / each.mean()) if len(each) > 1 else math.nan)
+        if len(self.windows) >= 3:
+            self.factors.append(self.divergence.at_most(SURE) / max(kl, KL_FLOOR))
         return kl
 
 
@@ -326,7 +326,7 @@ def by_unicuco(run, method, mean):
     args = run.args
     # with the steps and what is kept, so that an earlier version's answers are not taken for these
     key = f"{args.seed} {method}, {args.initial} and {args.rounds} rounds of"
-    key += f" {SearchSettings.steps} steps, with windows apart"
+    key += f" {SearchSettings.steps} steps, with a factor"
     made = run.journal(key, partial(learned, run, mean))
     return [
         answer(run, method, float(s), found, made) | foreseen(found, made)
@@ -349,24 +349,12 @@ def foreseen(found, made):
     """
     log_kl, std = found["predicted"]["log_kl"], found["predicted"]["std"]
     gaps = [abs(predicted / max(measured, KL_FLOOR) - 1) for predicted, measured in made["last"]]
-    factor = sampling_factor(made["apart"], made["windows"])
     return {
         "predicted": math.exp(log_kl),
         "predicted_at_most": math.exp(log_kl + std),
-        "other_text_at_most": factor and factor * math.exp(log_kl),
+        "other_text_at_most": made["factor"] and made["factor"] * math.exp(log_kl),
         "last_round_gap": statistics.median(gaps) if gaps else None,
     }
-
-
-def sampling_factor(apart, windows):
-    """How many times its KL on so many windows a strategy may have on all text of their kind, with
-    probability SURE; None of fewer than three windows, which say nothing.
-
-    apart    std over mean of the windows' KL: they are a sample, so Student's t of their mean
-    """
-    if windows < 3:
-        return None
-    return 1 + t_quantile(SURE, windows - 1) * apart / math.sqrt(windows)
 
 
 def learned(run, mean):
@@ -379,12 +367,12 @@ def learned(run, mean):
     layout, curves = prior_of(run.pruner, windows, mean, granularity, args.seed)
     read = 0 if curves is None else cost_in_tokens(windows) / run.f2.windows.numel()
     found = search(lambda batch: list(map(run.f2, batch)), layout, settings, args.seed, curves)
+    factors = run.f2.factors[-len(found.log) :]
     made = {
         "seconds": time.perf_counter() - started,
         "evaluations": run.evaluations() - before + read,
         "last": last_round(found.log),
-        "apart": statistics.median(run.f2.apart[-len(found.log) :]),
-        "windows": len(run.f2.windows),
+        "factor": statistics.median(factors) if factors else None,
         "strategies": {},
     }
     for s in and_ends(run):

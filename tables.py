@@ -340,7 +340,7 @@ def gain(pairs):
 
 
 def gain_of_train(stem):
-    """`gain` of what train.py made, on its first test text."""
+    """`gain` of what Algorithm 1 made, on its first test text."""
     rows = real(stem)
     text = next(text for text, _ in rows)
     return gain({s: (rows[text, s]["unicuco"], rows[text, s]["uniform"]) for s in SIZED})
@@ -418,15 +418,16 @@ def refitted_opponents():
 
 def refitted_opponents_says():
     """Each method's refitted KL over refitted uniform's, one mean over texts and sparsities."""
-    rows = [r for r in comparison("smollm2-opponents")[1] if r["table"] == "refitted"]
-    base = {(r["text"], r["sparsity"]): r["kl"] for r in rows if r["method"] == "uniform"}
-    ratios = {}
-    for r in (r for r in rows if r["method"] != "uniform"):
-        ratios.setdefault(r["method"], []).append(r["kl"] / base[r["text"], r["sparsity"]])
+    ratios, asked = {}, set()
+    for mine in grouped(comparison("smollm2-opponents")[1], "text").values():
+        for r in report.refitted_table(mine):
+            ratios.setdefault(r["method"], []).extend(r["ratio"])
+            asked.add(r["sparsity"])
+    del ratios["uniform"]
     means = {method: statistics.geometric_mean(of) for method, of in ratios.items()}
     said = ", ".join(f"{method} {means[method]:.3f}" for method in sorted(means, key=means.get))
-    asked = joined(sorted({s for _, s in base}))
-    return f"KL over refitted uniform's, geometric mean of both texts at {asked}: {said}."
+    at = joined(sorted(asked))
+    return f"KL over refitted uniform's, geometric mean of both texts at {at}: {said}."
 
 
 def coverage():

@@ -664,12 +664,12 @@ def test_a_row_of_unicuco_says_what_its_surrogate_predicted(small, text, tmp_pat
     assert 0 < ours["predicted"] < ours["predicted_at_most"] and ours["last_round_gap"] >= 0
     found = {"predicted": {"log_kl": math.log(0.5), "std": math.log(1.1)}}
     gaps = [(0.9, 1.0), (1.3, 1.0), (1.0, 0.8)]  # .1 .3 .25
-    said = compare.foreseen(found, {"last": gaps, "apart": 0.3, "windows": 9})
-    # t_8 at 0.95 is 1.860 in every table: 1 + 1.860 * 0.3 / 3
-    assert said.pop("other_text_at_most") == pytest.approx(0.5 * 1.186, rel=1e-3)
+    said = compare.foreseen(found, {"last": gaps, "factor": 1.2})
     wanted = {"predicted": 0.5, "predicted_at_most": 0.55, "last_round_gap": 0.25}
+    wanted["other_text_at_most"] = 0.6
     assert said == pytest.approx(wanted, rel=1e-12)  # float64
-    assert compare.sampling_factor(0.3, 2) is None
+    # four windows: 1 + t_3 std / (mean sqrt 4), and of positive numbers std / mean is at most 2
+    assert 1 < ours["other_text_at_most"] / ours["predicted"] < 1 + 2.4
     log = [{"round": i // 2, "predicted": i or None, "measured": 2.0 * i} for i in range(4)]
     assert compare.last_round(log) == [(2, 4.0), (3, 6.0)] and compare.last_round(log[:1]) == []
 

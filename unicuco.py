@@ -33,6 +33,7 @@ from torch import nn
 from gp import MEANS, CurvatureMean, GaussianProcess, PriorOnly
 from script import Refused, replacing
 
+RATE = 4e-3  # of Adam, where StratNet starts from a table of curvature
 MAX = 0.9  # no block loses more
 IDEAL = -0.05  # z*, the same for both scaled objectives
 AUGMENT = 0.02  # weight of the sum in the augmented Tchebycheff value
@@ -181,7 +182,7 @@ class StratNet(nn.Module):
 
 
 def train_stratnet(
-    net, layout, gp, scale, steps, kappa, generator, requests_per_step=16, rate=4e-3
+    net, layout, gp, scale, steps, kappa, generator, requests_per_step=16, rate=RATE
 ):
     """Minimise the expected Tchebycheff value over requests, with f2 at its lower confidence bound
     mean - kappa std.
@@ -397,7 +398,7 @@ def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
     layout = Layout(layout) if isinstance(layout, int) else layout
     mean, between = (s.mean, ASKED) if curves is None else (curves, INFORMED)
     # a StratNet that starts from nothing saturates at low sparsities unless it learns slowly
-    times, rate = (3, 1e-3) if curves is None else (1, 4e-3)
+    times, rate = (3, RATE / 4) if curves is None else (1, RATE)
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     log = []
