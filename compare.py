@@ -544,16 +544,17 @@ def family(answer):
 
 
 def found_before(args):
-    """Opponents' answers of this seed in the comparison --refit-also, of methods that --methods
-    leaves out."""
-    if args.refit_also is None:
-        return []
-    rows = read_comparison(args.refit_also)[1]
-    ours = METHODS["unicuco"], METHODS["constant"], METHODS["curvature"]
-    here = {METHODS.get(name) for name in args.methods} | {"uniform", *ours}
-    rows = [r for r in rows if r["table"] == "requests" and r["seed"] == args.seed]
-    rows = [r for r in rows if r["text"] == rows[0]["text"] and family(r) not in here]
-    return without_smaller([{key: r[key] for key in ANSWER} for r in rows])
+    """Opponents' answers of this seed in the comparisons --refit-also, of methods that --methods
+    leaves out; of one that several searched for, those of the last."""
+    ours = ("unicuco", "constant", "curvature", *OWN_MASKS)  # strategies alone would mislead
+    here = {METHODS.get(name) for name in (*args.methods, *ours)} | {"uniform"}
+    answers = []
+    for path in args.refit_also:
+        rows = read_comparison(path)[1]
+        rows = [r for r in rows if r["table"] == "requests" and r["seed"] == args.seed]
+        rows = [r for r in rows if r["text"] == rows[0]["text"] and family(r) not in here]
+        answers += [{key: r[key] for key in ANSWER} for r in rows]
+    return without_smaller(answers)
 
 
 def counts_of(masks):
@@ -686,7 +687,7 @@ def arguments():
     args.served = served(args)
     if args.refit is not None:
         args.refit = args.refit or list(PERPLEXITIES)
-    elif args.refit_also is not None:
+    elif args.refit_also:
         raise Refused("--refit-also says what else to refit: it goes with --refit")
     args.out = args.out or Path("out") / args.model.resolve().name
     return args
@@ -696,8 +697,8 @@ def read_once(args):
     """What cannot be read is refused now, not after hours of searching."""
     for task in TASKS if args.tasks else ():
         all_prompts(task, read_rows(args.tasks, task, args.limit))
-    if args.refit_also is not None:
-        read_comparison(args.refit_also)
+    for path in args.refit_also:
+        read_comparison(path)
 
 
 def add_requests(parser):
@@ -717,8 +718,9 @@ def add_judging(parser):
     parser.add_argument("--test-tokens", **number, default=8192, help="tokens of each unseen text")
     refit = "also refit every method's answers at these sparsities (default: 0.5 0.6 0.7)"
     parser.add_argument("--refit", type=float, nargs="*", metavar="S", help=refit)
-    before = "with --refit: also what opponents in that comparison found, a file of compare.py"
-    parser.add_argument("--refit-also", type=Path, metavar="FILE", help=before)
+    before = "with --refit: also what opponents found in these comparisons, files of compare.py"
+    some = {"nargs": "+", "default": (), "metavar": "FILE"}
+    parser.add_argument("--refit-also", type=Path, **some, help=before)
     tasks = (
         "also, at 0.5 and 0.6: zero-shot tasks (see eval.py) and all of the first test text, for"
         " the first seed; 65536 tokens of it for the others"

@@ -690,19 +690,22 @@ def test_with_nothing_measured_stratnet_costs_the_passes_of_its_table_and_is_pru
     assert sum(row["strategy"], []) == ours["strategy"]
 
 
-def test_what_another_comparison_found_is_refitted_by_the_largest_budget_and_not_searched_again(
+def test_what_other_comparisons_found_is_refitted_by_the_largest_budget_and_not_searched_again(
     small, text, tmp_path, short, monkeypatch
 ):
     words = (*options(small, text, tmp_path), "--served", 0.5)
-    assert call(compare, *words, "--methods", "evopress", "--budget", 18) == 0
-    first = read(tmp_path)[1]
-    earlier = tmp_path / "earlier.json"
-    (tmp_path / "compare.json").rename(earlier)
-    (tmp_path / "compare.journal.json").unlink()
+    earlier = []
+    for budget in (9, 18):
+        more = ("--methods", "evopress", "global", "--budget", budget)
+        assert call(compare, *words, *more) == 0
+        first = read(tmp_path)[1]
+        earlier.append((tmp_path / "compare.json").rename(tmp_path / f"of_{budget}.json"))
+        (tmp_path / "compare.journal.json").unlink()
     monkeypatch.setattr(compare, "evopress", None)
-    more = ("--methods", "dlp", "--refit", 0.5, "--refit-also", earlier)
+    more = ("--methods", "dlp", "--refit", 0.5, "--refit-also", *earlier)
     assert call(compare, *words, *more) == 0
     rows = [r for r in read(tmp_path)[1] if r["table"] == "refitted"]
+    assert len(rows) == 3
     assert {r["method"] for r in rows} == {"uniform", "DLP", "EvoPress, 18 each"}
     found = {r["method"]: r for r in first if r["table"] == "requests"}
     for r in (r for r in rows if r["method"] in found):
