@@ -233,7 +233,7 @@ def evopress(
     budget      evaluations of f2, counted in tokens
     groups      None: any two places switch levels; else index tensors of places of equal size
     snapshots   smaller budgets whose best strategy is wanted too
-    returns     {budget: (strategy (d,), seconds until then)}
+    returns     {budget: (strategy (d,), seconds until then, evaluations really spent)}
     Left out: a database of pruned layers (any level costs nothing here); that no two children are
     equal; other tokens for every generation (here a parent's KL is known, not measured again).
     """
@@ -247,7 +247,7 @@ def evopress(
     wanted = sorted({*snapshots, budget})
     while wanted:
         if spent + cost > wanted[0]:  # not even one more generation
-            found[wanted.pop(0)] = parent, time.perf_counter() - started
+            found[wanted.pop(0)] = parent, time.perf_counter() - started, spent
             continue
         children = [target.met_by(child_of(parent, step, g, groups)) for _ in range(offspring)]
         for objective, survivors in steps:

@@ -49,8 +49,8 @@ from refit import CONTRAST, follow
 from report import (
     ENDS,
     METHODS,
-    PERPLEXITIES,
     QUICK,
+    perplexities,
     read_comparison,
     requests_asked,
     show_long,
@@ -68,6 +68,7 @@ from script import (
     at_least,
     choose_device,
     choose_tokens,
+    locked,
     provenance,
     run,
 )
@@ -85,6 +86,7 @@ from unicuco import (
 
 SURVIVORS = (4, 2)  # of EvoPress's children, after a quarter and after a half of the tokens
 LEAST = 9  # evaluations of EvoPress: uniform pruning and one generation
+JOURNAL = "compare.journal.json"  # in --out
 HARD = (0.5, 0.6)  # requests whose strategies are read a whole text and asked zero-shot tasks
 COSTS = ("evaluations", "seconds", "shared_evaluations", "shared_seconds")
 ANSWER = ("seed", "method", "sparsity", *COSTS, "strategy")  # how a row came to be
@@ -283,7 +285,7 @@ def by_evopress(run, method, matrices=False):
     budgets = halved(whole)
     found = {}
     for s in run.args.served:
-        key = f"{run.args.seed} {method} {s}, three steps"  # of earlier journals: two
+        key = f"{run.args.seed} {method} {s}, three steps, as spent"  # of earlier journals: two
         found[s] = run.journal(key, partial(evolved, run, s, budgets, matrices))
     return [
         answer(run, f"{method}, {b} each", s, found[s][str(b)])
@@ -316,8 +318,8 @@ def evolved(run, sparsity, budgets, matrices):
         groups=groups,
     )
     return {
-        str(b): {"strategy": x.tolist(), "seconds": seconds, "evaluations": float(b)}
-        for b, (x, seconds) in found.items()
+        str(b): {"strategy": x.tolist(), "seconds": seconds, "evaluations": spent}
+        for b, (x, seconds, spent) in found.items()
     }
 
 
@@ -515,7 +517,8 @@ def refitted_all(run, answers, texts, owned):
     rows = []
     for a in tqdm(asked, desc=f"seed {run.args.seed}, refitted", disable=None):
         a = softer(run, a)
-        found = run.journal(f"{name_of(a)}, refitted", partial(refitted, run, a, readers, owned))
+        key = f"{name_of(a)}, refitted: {run.args.test_tokens} tokens of each text"
+        found = run.journal(key, partial(refitted, run, a, readers, owned))
         rows += [row("refitted", a, text, more) for text, more in found.items()]
     run.pruner.restore()
     return rows
@@ -685,12 +688,25 @@ def arguments():
     read_once(args)
     args.ends = () if args.served else ENDS
     args.served = served(args)
-    if args.refit is not None:
-        args.refit = args.refit or list(PERPLEXITIES)
-    elif args.refit_also:
-        raise Refused("--refit-also says what else to refit: it goes with --refit")
+    args.refit = to_refit(args)
     args.out = args.out or Path("out") / args.model.resolve().name
+    if (args.out / JOURNAL).exists() and not (args.resume or args.force):
+        raise Refused(f"{args.out} holds a comparison: --resume goes on with it, --force begins anew")
     return args
+
+
+def to_refit(args):
+    """The sparsities whose answers are refitted: of those served; none without --refit."""
+    if args.refit is None:
+        if args.refit_also:
+            raise Refused("--refit-also says what else to refit: it goes with --refit")
+        return []
+    if not {*args.refit} <= {*args.served}:
+        raise Refused("--refit refits what is served: --served lacks one of its sparsities")
+    chosen = args.refit or perplexities(args.served)
+    if not chosen:
+        raise Refused("--refit alone refits what is served of 0.5 0.6 0.7: name the sparsities")
+    return chosen
 
 
 def read_once(args):
@@ -699,6 +715,21 @@ def read_once(args):
         all_prompts(task, read_rows(args.tasks, task, args.limit))
     for path in args.refit_also:
         read_comparison(path)
+
+
+def check_also(args, inputs):
+    """Refused where --refit-also holds another model's or text's answers, or lacks a seed."""
+    for path in args.refit_also:
+        theirs, rows = read_comparison(path)
+        for name in ("weights", "sha256"):
+            if theirs.get(name) != inputs[name]:
+                raise Refused(f"{path} is of another {'model' if name == 'weights' else '--data'}")
+        if not {*seeds_asked(args)} <= {r["seed"] for r in rows}:
+            raise Refused(f"{path} lacks a seed of --seed and --seeds")
+
+
+def seeds_asked(args):
+    return range(args.seed, args.seed + args.seeds)
 
 
 def add_requests(parser):
@@ -711,6 +742,8 @@ def add_requests(parser):
     parser.add_argument("--full", action="store_true", help=full)
     resume = "go on where the same comparison was stopped"
     parser.add_argument("--resume", action="store_true", help=resume)
+    force = "begin anew: what --out has found is lost"
+    parser.add_argument("--force", action="store_true", help=force)
 
 
 def add_judging(parser):
@@ -764,22 +797,30 @@ def main():
     reason = choose_tokens(args, device, reason)
     args.dtype = str(dtype)[6:]
     inputs = describe(args, device)
+    check_also(args, inputs)
     threads = inputs["threads"]
     print(f"{inputs['model']} on {device}, {args.dtype} ({reason}), {threads} threads")
-    journal = Journal(args.out / "compare.journal.json", inputs, args.resume)
+    args.out.mkdir(parents=True, exist_ok=True)
+    busy = f"another compare.py is running in {args.out}: choose another --out"
+    with locked(args.out, busy):
+        compare(args, inputs, device, dtype)
+    print(f"{time.perf_counter() - started:.0f} s; wrote {args.out / 'compare.json'}")
+
+
+def compare(args, inputs, device, dtype):
+    """Find, measure, write and print: every seed's rows as soon as it has them."""
+    journal = Journal(args.out / JOURNAL, inputs, args.resume)
     asked = inputs | {"requests": args.requests, "provenance": provenance()}
-    path = args.out / "compare.json"
     rows = []
-    for seed in range(args.seed, args.seed + args.seeds):
+    for seed in seeds_asked(args):
         rows += one_seed(args, seed, journal, device, dtype)
-        write_rows(path, asked, rows)
+        write_rows(args.out / "compare.json", asked, rows)
     show_requests(rows, asked)
     if args.refit:
         show_refitted(rows)
     if args.tasks:
         show_tasks(rows)
         show_long(rows)
-    print(f"{time.perf_counter() - started:.0f} s; wrote {path}")
 
 
 if __name__ == "__main__":

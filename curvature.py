@@ -93,10 +93,12 @@ def add_pass(pruner, window, generator, table):
 
 
 def pieces_of(windows, generator, passes=PASSES, tokens=PASS_TOKENS):
-    """(passes, tokens) of windows (n, T), drawn without replacement; fewer of a short text."""
-    pieces = windows.flatten()
-    tokens = min(tokens, len(pieces))
-    pieces = pieces[: len(pieces) // tokens * tokens].view(-1, tokens)
+    """(passes, tokens) of windows (n, T), each of one window alone, drawn without replacement;
+    fewer of a short text, shorter ones of short windows.
+    """
+    tokens = min(tokens, windows.shape[1])
+    whole = windows.shape[1] // tokens * tokens
+    pieces = windows[:, :whole].reshape(-1, tokens)
     return pieces[torch.randperm(len(pieces), generator=generator)[:passes]]
 
 
@@ -133,5 +135,6 @@ def read_curves(pruner, windows, seed=0):
 
 def cost_in_tokens(windows):
     """Tokens of forward passes that `read_curves` costs: what a table of budgets counts."""
-    tokens = min(PASS_TOKENS, windows.numel())
-    return FORWARDS * tokens * min(PASSES, windows.numel() // tokens)
+    tokens = min(PASS_TOKENS, windows.shape[1])
+    pieces = len(windows) * (windows.shape[1] // tokens)
+    return FORWARDS * tokens * min(PASSES, pieces)

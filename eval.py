@@ -481,16 +481,27 @@ class Divergence:
 
 
 def t_quantile(p, freedom):
-    """The p-quantile of Student's t with `freedom` degrees, within 1 % from three degrees on:
-    Abramowitz & Stegun 26.7.5, a series from the normal quantile.
+    """The p-quantile of Student's t with `freedom` degrees, by bisection of `t_within`; p >= 0.5."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (1 + t_within(middle, freedom)) / 2
+        low, high = (middle, high) if below < p else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def t_within(angle, freedom):
+    """The probability that |t| < sqrt(freedom) tan(angle): the finite series of Abramowitz & Stegun
+    26.7.3 and 26.7.4, exact for a whole number of degrees of freedom.
     """
-    z, n = statistics.NormalDist().inv_cdf(p), freedom
-    return z + z * (
-        (z**2 + 1) / (4 * n)
-        + (5 * z**4 + 16 * z**2 + 3) / (96 * n**2)
-        + (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / (384 * n**3)
-        + (79 * z**8 + 776 * z**6 + 1482 * z**4 - 1920 * z**2 - 945) / (92160 * n**4)
-    )
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for i in range(odd, freedom - 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (i + 1) / (i + 2)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
 
 
 # ---------------------------------------------------------------------------------------- zero-shot

@@ -428,7 +428,7 @@ def arguments():
     examples = [
         "python prune.py --sparsity 0.5",
         "python prune.py --sparsity 0.3 0.5 0.7 --packed --model DIR --data c4.jsonl",
-        "python prune.py --max-kl 0.1 --max-size 9MB --preference 0.4",
+        "python prune.py --max-kl 0.1 --max-size 9MB --preference 0.4 --packed",
         "python prune.py --requests wishes.jsonl --out served --json table.json",
         "python prune.py --unpack served/phone --out plain",
     ]
@@ -482,6 +482,8 @@ def check_together(args, requests):
         raise Refused("--pattern does not go with --max-kl, whose measurements it would change")
     if args.uniform and "preference" in kinds:
         raise Refused("a preference needs StratNet: it cannot be asked with --uniform")
+    if "max_size" in kinds and not (args.packed or args.dry_run):
+        raise Refused("a plain file keeps its size: --max-size goes with --packed, or --dry-run")
     for r in requests:
         if r["kind"] == "sparsity" and args.pattern and r["value"] > 0.5:
             raise Refused(f"sparsity {r['text']}: a {args.pattern} pattern reaches 0.5 at most")

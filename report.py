@@ -229,6 +229,17 @@ def refitted_table(rows):
     return table
 
 
+def opponents(table):
+    """[(UniCuCo's row of a table, rows of EvoPress, smallest budget first)], once for each of its
+    forms, over blocks and over matrices, that the table has."""
+    ours = [r for r in table if r["method"] == METHODS["unicuco"]]
+    forms = [
+        [r for r in table if r["method"].startswith(METHODS[name])]
+        for name in ("evopress", "matrices")
+    ]
+    return [(ours[0], theirs) for theirs in forms if ours and theirs]
+
+
 def compared(ours, theirs):
     """One sentence: `ours` over `theirs`, rows of a table, paired by seed, geometric mean over the
     texts; within the spread of the seeds it is a tie."""
@@ -261,11 +272,9 @@ def show_requests(rows, inputs):
     print(f"\n{inputs['requests']} requests from 0.2 to 0.75, {seeds} seed{several}. {said}")
     for text, mine in grouped([r for r in rows if r["table"] == "requests"], "text").items():
         show_text(table, text, mine[0]["tokens"], inputs["served"])
-    ours = [r for r in table if r["method"] == METHODS["unicuco"]]
-    theirs = [r for r in table if r["method"].startswith("EvoPress")]
-    if ours and theirs:
-        print("\n" + compared(ours[0], theirs[-1]))
-        show_speed(ours[0], theirs, inputs["requests"])
+    for ours, theirs in opponents(table):
+        print("\n" + compared(ours, theirs[-1]))
+        show_speed(ours, theirs, inputs["requests"])
 
 
 def show_text(table, text, tokens, served):
@@ -328,10 +337,10 @@ def show_speed(ours, theirs, requests):
                 f" {quality:.3f}): {r['seconds'] / ours['seconds']:.1f} times faster."
             )
             return
+    name, budget = best["method"].removesuffix(" each").split(", ")
     print(
-        f"At equal quality: no EvoPress budget up to {best['method'].split()[1]} reaches UniCuCo's"
-        f" KL ratio of {quality:.3f} (its best: {min(qualities):.3f}), so more than {factor:.0f}"
-        " times faster."
+        f"At equal quality: no budget of {name} up to {budget} reaches UniCuCo's KL ratio of"
+        f" {quality:.3f} (its best: {min(qualities):.3f}), so more than {factor:.0f} times faster."
     )
 
 
@@ -375,10 +384,8 @@ def show_long(rows):
             f"{r['method']:<24} {r['sparsity']:8.2f}  {r['ratio']:8.3f}  {wide:>7}   {perplexities}"
         )
     for s, mine in grouped(table, "sparsity").items():
-        ours = [r for r in mine if r["method"] == METHODS["unicuco"]]
-        theirs = [r for r in mine if r["method"].startswith("EvoPress")]
-        if ours and theirs:
-            print(f"At {s}: {compared(ours[0], theirs[-1])}")
+        for ours, theirs in opponents(mine):
+            print(f"At {s}: {compared(ours, theirs[-1])}")
 
 
 def seeds_of(rows):

@@ -175,7 +175,7 @@ def by_divergence(request, surrogate):
         )
     halved = True
     while high - low > 1.001 * STEP:
-        s = (low + high) / 2
+        s = min((low + high) / 2, MAX)
         if halved:
             s = proposed(surrogate, value, offset, low, high)
         strategy, before = surrogate.curve(s), high - low

@@ -632,18 +632,14 @@ def compare_smollm2():
     return requests_block("smollm2", beside="smollm2-constant")
 
 
-def opponents(table):
-    """UniCuCo's row of a table, and those of EvoPress, smallest budget first."""
-    ours = next(r for r in table if r["method"] == UNICUCO)
-    return ours, [r for r in table if r["method"].startswith("EvoPress")]
-
-
 def says(name):
     """What compare.py prints about quality and speed."""
     inputs, rows = comparison(name)
-    ours, theirs = opponents(requests_table(rows, inputs))
-    speed = printed(report.show_speed, ours, theirs, inputs["requests"])
-    return [report.compared(ours, theirs[-1]), *speed]
+    sentences = []
+    for ours, theirs in report.opponents(requests_table(rows, inputs)):
+        sentences.append(report.compared(ours, theirs[-1]))
+        sentences += printed(report.show_speed, ours, theirs, inputs["requests"])
+    return sentences
 
 
 def compare_tiny_says():
@@ -750,8 +746,8 @@ def long_smollm2_says():
     _, rows = comparison("smollm2")
     sentences = []
     for s, mine in grouped(long_table(rows), "sparsity").items():
-        ours, theirs = opponents(mine)
-        sentences.append(f"At {s:g}: {report.compared(ours, theirs[-1])}")
+        for ours, theirs in report.opponents(mine):
+            sentences.append(f"At {s:g}: {report.compared(ours, theirs[-1])}")
     return bullets(sentences)
 
 

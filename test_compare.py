@@ -25,10 +25,11 @@ import prune
 import ranks
 import refit
 import report
+import script
 import unicuco
 from baselines import Target
 from compare import HARD
-from conftest import CPU, ROOT, call, relative, write_tasks
+from conftest import CPU, ROOT, call, relative, write_small, write_tasks
 from eval import Divergence
 from llama import load_llama
 from model import LINEARS
@@ -79,8 +80,9 @@ def test_evopress_lowers_its_own_f2_with_every_larger_budget_and_keeps_the_count
     values = [uniform_f2(sparsity), *(Toy()(found[b][0]) for b in (10, 45, 90))]
     assert all(later <= earlier for earlier, later in zip(values, values[1:]))
     assert values[-1] < 0.9 * values[0]
-    for x, seconds in found.values():
+    for budget, (x, seconds, spent) in found.items():
         assert abs(counted(x) - sparsity) <= STEP and seconds >= 0
+        assert spent == 1 + (budget - 1) // 8 * 8  # uniform, then generations of 8
         assert x.min() >= 0 and x.max() <= unicuco.MAX
     again = baselines.evopress(Toy(), steps(), target(sparsity), 90, snapshots=(10, 45))
     assert all(torch.equal(found[b][0], again[b][0]) for b in found)
@@ -243,8 +245,8 @@ def test_damages_alone_are_f2_of_one_matrix_with_the_others_dense():
 # ------------------------------------------------------------------------- a global threshold
 def test_gradients_at_outputs_are_those_that_autograd_gives_the_whole_model(small):
     model, _ = load_llama(small)
-    windows = torch.randint(3, 4096, (6, 64), generator=torch.Generator().manual_seed(0))
-    found = baselines.gradient_norms(model, windows, seed=3)  # one pass of 256 of 384 tokens
+    windows = torch.randint(3, 4096, (1, 256), generator=torch.Generator().manual_seed(0))
+    found = baselines.gradient_norms(model, windows, seed=3)  # one pass
     g = torch.Generator().manual_seed(3)
     (window,) = curvature.pieces_of(windows, g)
     seen = {}
@@ -361,7 +363,7 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
         for method, r in table.items()
         if method.startswith("EvoPress") and r["ratio"][name] <= ours["ratio"][name]
     ]
-    none = "At equal quality: no EvoPress budget up to 9 reaches"
+    none = "At equal quality: no budget of EvoPress up to 9 reaches"
     assert (f"At equal quality, against {equal[0]} " if equal else none) in printed
 
 
@@ -713,6 +715,47 @@ def test_what_other_comparisons_found_is_refitted_by_the_largest_budget_and_not_
         assert r["kl"] != found[r["method"]]["kl"]
 
 
+def test_answers_of_another_model_or_without_a_seed_asked_are_refused(
+    small, text, tmp_path, short, capsys
+):
+    words = (*options(small, text, tmp_path), "--served", 0.5, "--methods", "--refit")
+    assert call(compare, *words) == 0
+    (tmp_path / "compare.journal.json").unlink()
+    earlier = (tmp_path / "compare.json").rename(tmp_path / "earlier.json")
+    also = ("--refit-also", earlier)
+    capsys.readouterr()
+    for more, reason in (
+        (("--seed", 1), "lacks a seed"),
+        (("--seeds", 2), "lacks a seed"),
+        (("--data", __file__), "is of another --data"),
+        (("--model", write_small(tmp_path / "other", seed=1)), "is of another model"),
+    ):
+        assert call(compare, *words, *also, *more) == 2
+        assert reason in capsys.readouterr().err and not (tmp_path / "compare.json").exists()
+    assert call(compare, *words, *also) == 0
+
+
+def test_a_comparison_is_kept_unless_it_is_resumed_or_given_up_and_two_do_not_share_a_folder(
+    small, text, tmp_path, short, capsys
+):
+    words = (*options(small, text, tmp_path), "--served", 0.5, "--methods", "--refit")
+    assert call(compare, *words) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert call(compare, *words) == 2
+    assert "--resume goes on with it, --force begins anew" in capsys.readouterr().err
+    with script.locked(tmp_path, "held by the test"):
+        assert call(compare, *words, "--resume") == 2
+    assert "another compare.py is running" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    # what is read on more tokens is measured anew, refitted or not
+    assert call(compare, *words, "--resume", "--test-tokens", 128) == 0
+    rows = [r for r in read(tmp_path)[1] if r["method"] == "uniform"]
+    assert {r["table"] for r in rows} == {"requests", "refitted"}
+    assert {r["tokens"] for r in rows} == {128}
+    assert call(compare, *words, "--force") == 0
+
+
 def test_one_window_leaves_evopress_no_step_before_f2_and_two_leave_it_one():
     def kept(*shares):
         quick = [Toy(share) for share in shares]
@@ -743,10 +786,16 @@ def test_the_tables_of_the_results_in_the_repository_can_be_printed(name, capsys
         ("--served", 0.0),
         ("--served", 0.95),
         ("--served", 0.5, "--full"),
-        ("--served", 0.4, "--tasks", "nowhere"),
+        ("--served", 0.4, "--tasks", "."),
+        ("--tasks", "nowhere"),
+        ("--calibration", 0),
+        ("--calibration", -1),
+        ("--served", 0.3, "--refit"),
+        ("--served", 0.3, "--refit", 0.5),
         ("--data", "nowhere.txt"),
         ("--refit-also", "results/compare-tiny.json"),
         ("--refit", "--refit-also", "results/tiny-seed0.json"),
+        ("--refit", "--refit-also", "results/compare-smollm2.json"),  # of another model
     ],
 )
 def test_bad_arguments_give_one_line_and_exit_code_2(words, capsys):
@@ -836,7 +885,7 @@ def test_over_matrices_equal_sizes_alone_switch_levels_and_evopress_finds_the_to
     selection = [(cheaper(4), 4), (cheaper(2), 2)]
     target = Target(0.5, 21, lambda x: float(torch.as_tensor(x).mean()))
     found = baselines.evopress(f2, selection, target, 1200, groups=[torch.arange(21)])
-    strategy, _ = found[1200]
+    strategy = found[1200][0]
     assert f2(strategy) < best + 0.05 * (f2(parent) - best)
 
 

@@ -109,3 +109,13 @@ def test_curves_have_the_same_bits_wherever_in_memory_they_are_fitted():
     for size in range(1, 1500):
         kept = kept[-20:] + [torch.empty(size * 37 % 5000)]  # moves what is allocated next
         assert torch.equal(torch.stack(curvature.fit_curves(table.clone())), first)
+
+
+@pytest.mark.parametrize("length", [64, 256, 384, 512])
+def test_each_pass_reads_one_window_alone_and_costs_what_the_budgets_say(length):
+    windows = torch.arange(6)[:, None].expand(6, length).contiguous()
+    g = torch.Generator().manual_seed(0)
+    pieces = curvature.pieces_of(windows, g)
+    assert pieces.shape == (min(16, 6 * max(1, length // 256)), min(256, length))
+    assert (pieces == pieces[:, :1]).all()
+    assert curvature.cost_in_tokens(windows) == 4 * pieces.numel()

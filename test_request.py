@@ -181,6 +181,21 @@ def test_the_next_step_of_sparsity_would_break_the_budget_whatever_the_surrogate
     assert len(measured) <= 16
 
 
+@pytest.mark.parametrize("limit", [0.896, 0.898, 0.8999, 0.9])
+def test_a_wish_for_a_kl_asks_for_no_more_sparsity_than_a_strategy_may_have(limit):
+    asked = []
+    truth = lambda x: 0.1 if float(x.mean()) <= limit else 1.0
+
+    def curve(s):
+        asked.append(s)
+        return torch.full((4,), s, dtype=torch.float64)
+
+    for guess in (lambda x: 0.0, lambda x: -9.0, lambda x: 10 * float(x.mean())):
+        surrogate = request.Surrogate(curve, None, Guess(guess), truth, None)
+        s = float(request.strategy_of(parse_request({"max_kl": 0.5}), surrogate).mean())
+        assert limit - request.STEP < s <= limit and max(asked) <= request.MAX
+
+
 def test_a_file_of_requests_may_open_with_a_byte_order_mark_and_end_its_lines_as_windows_does(
     tmp_path,
 ):

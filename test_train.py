@@ -227,6 +227,8 @@ def test_train_without_rounds_writes_a_stratnet_for_the_depth_of_its_model(
         ("--initial must be at least 1", ("--initial", 0)),
         ("--rounds must be at least 0", ("--rounds", -1)),
         ("--test-tokens must be at least 1", ("--test-tokens", 0)),
+        ("--calibration must be at least 1", ("--calibration", 0)),
+        ("--calibration must be at least 1", ("--calibration", -1)),
         ("nowhere.txt cannot be read", ("--data", "nowhere.txt")),
     ],
 )
@@ -415,7 +417,10 @@ def test_a_folder_with_a_run_is_kept_unless_it_is_resumed_or_given_up(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "--resume goes on with it, --force begins anew" in error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert call(train, *words, "--resume") == 0 and call(train, *words, "--force") == 0
+    capsys.readouterr()
+    assert call(train, *words, "--resume") == 0
+    assert "3 of this process's strategies had been measured before" in capsys.readouterr().out
+    assert call(train, *words, "--force") == 0
 
 
 # ------------------------------------------------------------------- what reaches what, two at once
@@ -495,6 +500,23 @@ def test_resuming_with_another_text_split_or_configuration_is_refused(
     (model / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
     assert call(train, *words) == 2
     assert "another config" in capsys.readouterr().err
+
+
+def test_a_run_begun_anew_and_killed_leaves_no_stratnet_of_the_run_before(
+    small, text, tmp_path, short, monkeypatch
+):
+    words = run_words(small, text, tmp_path, 3, 0)
+    assert call(train, *words) == 0
+    monkeypatch.setattr(train, "search", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    call(train, *words, "--force")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_larger_than_a_stratnet_file_may_hold_is_refused_before_it_is_measured(
+    small, text, tmp_path, capsys
+):
+    words = run_words(small, text, tmp_path, unicuco.MOST_MEASURED - 1, 1)
+    assert call(train, *words) == 2 and "1000 strategies at most" in capsys.readouterr().err
 
 
 def test_what_a_killed_run_left_half_written_goes(small, text, tmp_path, short):

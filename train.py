@@ -46,6 +46,7 @@ from script import (
     write_provenance,
 )
 from unicuco import (
+    MOST_MEASURED,
     Layout,
     SearchSettings,
     Trained,
@@ -89,7 +90,8 @@ class Measure:
 
     f2               strategy (D,) -> KL, costly;  layout: of the strategies
     journal, known   from `open_journals`
-    bar              a tqdm to move; seconds: spent in f2 by this process
+    bar              a tqdm to move
+    seconds, reused  spent in f2 by this process; how many of its strategies were known
     """
 
     def __init__(self, f2, layout, journal, known, bar=None):
@@ -102,6 +104,7 @@ class Measure:
         self.known = known
         self.bar = tqdm(disable=True) if bar is None else bar
         self.seconds = 0.0
+        self.reused = 0
 
     def __call__(self, strategies):
         """KL of each strategy of one batch: a list of floats."""
@@ -117,7 +120,9 @@ class Measure:
 
     def one(self, strategy):
         key = json.dumps(strategy.tolist())  # every digit: read back bit for bit
-        if key not in self.known:
+        if key in self.known:
+            self.reused += 1
+        else:
             started = time.perf_counter()
             self.known[key] = self.f2(strategy)
             self.seconds += time.perf_counter() - started
@@ -246,16 +251,17 @@ def from_the_first(first, make):
     return made[0]
 
 
+RESULTS = ("results.json", "results.provenance.json")
+MADE = ("evaluations.*.json", "stratnet.safetensors", "measured.json", *RESULTS)
+
+
 def clear(out, first, resume):
-    """Remove the journals of an earlier run, before anybody measures, and what a killed run left
-    half written.
+    """Remove what an earlier run made, unless it is resumed, before anybody measures; and what a
+    killed run left half written.
     """
-    if first:
-        for path in out.glob(".*.partial*"):
+    for pattern in (".*.partial*", *(() if resume else MADE)) if first else ():
+        for path in filter(Path.is_file, out.glob(pattern)):
             path.unlink()
-    if first and not resume:
-        for path in out.glob("evaluations.*.json"):
-            path.unlink(missing_ok=True)
     meet()
 
 
@@ -314,6 +320,8 @@ def arguments():
     args = parser.parse_args()
     at_least(args, 1, "initial", "batch", "tokens", "calibration", "test_tokens")
     at_least(args, 0, "rounds")
+    if args.initial + args.rounds * args.batch > MOST_MEASURED:
+        raise Refused(f"--initial and --rounds of --batch: {MOST_MEASURED} strategies at most")
     args.out = args.out or Path("out") / args.model.resolve().name
     earlier = [*args.out.glob("evaluations.*.json"), *args.out.glob("stratnet.safetensors")]
     if earlier and not (args.resume or args.force):
@@ -342,7 +350,7 @@ class Run:
         self.setting = prepare(args, self.device, self.dtype, args.tokens)
         chosen_on = self.setting.calibration, self.setting.search
         own = from_the_first(self.first, lambda: fingerprint(args))
-        self.inputs = own | {"windows": digest_of(*chosen_on)}
+        self.inputs = own | {"device": self.device.type, "windows": digest_of(*chosen_on)}
 
     def seconds(self):
         return time.perf_counter() - self.started
@@ -376,6 +384,8 @@ class Run:
         with tqdm(total=total, desc="evaluations of f2", disable=hidden) as bar:
             measure = Measure(F2(pruner, setting.search), layout, *journals, bar)
             result = search(measure, layout, settings, args.seed, curves, measure.show)
+        if args.resume and self.first:
+            print(f"{measure.reused} of this process's strategies had been measured before")
         return pruner, result, curves, measure.seconds
 
     def report(self, result, rows, searched, inside):
