@@ -691,7 +691,9 @@ def arguments():
     args.refit = to_refit(args)
     args.out = args.out or Path("out") / args.model.resolve().name
     if (args.out / JOURNAL).exists() and not (args.resume or args.force):
-        raise Refused(f"{args.out} holds a comparison: --resume goes on with it, --force begins anew")
+        raise Refused(
+            f"{args.out} holds a comparison: --resume goes on with it, --force begins anew"
+        )
     return args
 
 

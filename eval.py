@@ -22,7 +22,6 @@ import lzma
 import math
 import platform
 import re
-import statistics
 import sysconfig
 import time
 import zlib
@@ -481,7 +480,7 @@ class Divergence:
 
 
 def t_quantile(p, freedom):
-    """The p-quantile of Student's t with `freedom` degrees, by bisection of `t_within`; p >= 0.5."""
+    """The p-quantile, p >= 0.5, of Student's t with `freedom` degrees, by bisection."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2

@@ -501,7 +501,9 @@ def test_rows_too_deep_to_read_are_one_line(tmp_path):
 @pytest.mark.parametrize("freedom", [2, 3, 7, 31, 255])
 def test_the_quantile_of_students_t_equals_scipys(p, freedom):
     right = scipy.stats.t.ppf(p, freedom)
-    assert evaluation.t_quantile(p, freedom) == pytest.approx(right, rel=1e-11, abs=1e-11)  # float64
+    assert evaluation.t_quantile(p, freedom) == pytest.approx(
+        right, rel=1e-11, abs=1e-11
+    )  # float64
 
 
 def test_what_kl_stays_below_is_the_t_interval_of_its_windows_and_covers_as_often_as_it_says(small):
