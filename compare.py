@@ -72,7 +72,7 @@ from script import (
     provenance,
     run,
 )
-from train import first_tokens, prior_of
+from train import digest_of, first_tokens, prior_of
 from unicuco import (
     KL_CEILING,
     KL_FLOOR,
@@ -155,6 +155,9 @@ class Run:
 def start(args, journal, device, dtype):
     """Load the model, rank it and record what it says while dense: a Run."""
     setting = prepare(args, device, dtype, args.tokens)
+    chosen_on = digest_of(setting.calibration, setting.search)
+    if journal(f"{args.seed} windows", lambda: chosen_on) != chosen_on:
+        raise Refused(f"{args.out} has values of other windows of the text: --force begins anew")
     windows = len(setting.search)
     parts = sorted({max(1, windows // 4), max(1, windows // 2)} - {windows})
     bar = tqdm(

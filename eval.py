@@ -279,7 +279,8 @@ def load_texts(tokenizer, data, tests, seqlen, seed=0, enough=0):
         documents, held_out = split_documents(documents, Path(data).name)
     else:
         windows = cut(tokenise(tokenizer, documents), seqlen)
-        return split_documents(windows, Path(data).name)
+        windows, held_out = split_documents(windows, Path(data).name)
+        return windows, without_shared(windows.flatten(), held_out)
     if isinstance(documents, Lazy):
         documents = documents[np.random.default_rng(seed).permutation(len(documents))]
     tokens = tokenise_pool(tokenizer, documents, enough)
@@ -287,6 +288,8 @@ def load_texts(tokenizer, data, tests, seqlen, seed=0, enough=0):
     held_out = {n: cut(tokenise_pool(tokenizer, d), seqlen) for n, d in held_out.items()}
     if tests:
         refuse_shared(tokens, held_out)
+    else:
+        held_out = without_shared(tokens, held_out)
     return chosen_on, held_out
 
 
@@ -296,9 +299,18 @@ def tokenise_pool(tokenizer, documents, enough=0):
     return tokenise(tokenizer, documents, max(POOL, enough) if large else math.inf)
 
 
+def without_shared(tokens, held_out):
+    """held_out less the windows that stand in tokens (N,) too: a text may repeat a document."""
+    kept = {name: windows[~are_shared(windows, tokens)] for name, windows in held_out.items()}
+    for name, windows in kept.items():
+        if not len(windows):
+            raise Refused(f"all of the {name} is in what precedes it: give a --test")
+    return kept
+
+
 def refuse_shared(tokens, held_out):
     for name, windows in held_out.items():
-        if shared := count_shared(windows, tokens):
+        if shared := int(are_shared(windows, tokens).sum()):
             raise Refused(
                 f"{shared} of {len(windows)} windows of --test {name} are in --data too: what is"
                 " tested on must be unseen"
@@ -317,17 +329,17 @@ def named_tests(data, tests):
     return {str(t) if names.count(name) > 1 else name: t for name, t in zip(names, tests)}
 
 
-def count_shared(windows, tokens):
-    """How many of the windows (n, T) stand in tokens (N,), at any place: those whose first tokens
-    have the same weighted sum are compared whole.
+def are_shared(windows, tokens):
+    """Which of the windows (n, T) stand in tokens (N,), at any place, (n,) bool: those whose first
+    tokens have the same weighted sum are compared whole.
     """
     windows, tokens = windows.numpy(), tokens.numpy()
     width = windows.shape[1]
     weights = np.random.default_rng(0).integers(2**62, size=min(width, 16))
     sums = np.lib.stride_tricks.sliding_window_view(tokens, len(weights)) @ weights
     likely = np.flatnonzero(np.isin(sums, windows[:, : len(weights)] @ weights))
-    places = (tokens[i : i + width].tobytes() for i in likely)
-    return len({window.tobytes() for window in windows}.intersection(places))
+    places = {tokens[i : i + width].tobytes() for i in likely}
+    return torch.tensor([window.tobytes() in places for window in windows])
 
 
 def draw(windows, counts, seed):

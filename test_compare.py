@@ -756,6 +756,19 @@ def test_a_comparison_is_kept_unless_it_is_resumed_or_given_up_and_two_do_not_sh
     assert call(compare, *words, "--force") == 0
 
 
+def test_a_comparison_is_not_resumed_on_other_windows_of_the_same_text(
+    text, tmp_path, short, capsys
+):
+    model, out = write_small(tmp_path / "model"), tmp_path / "out"
+    words = (*options(model, text, out), "--served", 0.5, "--methods")
+    assert call(compare, *words) == 0
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["add_bos_token"] = not settings.get("add_bos_token", True)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert call(compare, *words, "--resume") == 2
+    assert "other windows of the text" in capsys.readouterr().err
+
+
 def test_one_window_leaves_evopress_no_step_before_f2_and_two_leave_it_one():
     def kept(*shares):
         quick = [Toy(share) for share in shares]

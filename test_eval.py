@@ -549,13 +549,27 @@ def test_texts_of_one_name_are_told_apart_and_no_text_is_tested_on_that_was_chos
     refuses(evaluation.load_texts, tokenizer, paths[1], paths[2:], 16, match="in --data too")
 
 
-def test_shared_windows_are_counted_wherever_they_stand():
+def test_shared_windows_are_found_wherever_they_stand():
     tokens = torch.arange(1000) % 97
     windows = torch.stack([tokens[5:69], tokens[90:154], torch.arange(64), torch.zeros(64).long()])
-    assert evaluation.count_shared(windows, tokens) == 3
+    assert evaluation.are_shared(windows, tokens).tolist() == [True, True, True, False]
     windows[:3, -1] += 1
-    assert evaluation.count_shared(windows, tokens) == 0
-    assert evaluation.count_shared(torch.arange(8)[None], tokens) == 1
+    assert not evaluation.are_shared(windows, tokens).any()
+    assert evaluation.are_shared(torch.arange(8)[None], tokens).tolist() == [True]
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_what_a_text_repeats_is_not_tested_on(tmp_path, count):
+    tokenizer = llama.Tokenizer(ROOT / "tiny", 4096)
+    own = [" ".join(map(str, range(k, k + 300))) for k in range(0, 1000 * count, 1000)]
+    repeated = [*own[: count - 1], own[0] + own[count - 1]]  # the first again, in the last fifth
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in repeated))
+    chosen_on, held_out = evaluation.load_texts(tokenizer, path, None, 8)
+    (windows,) = held_out.values()
+    assert len(windows) and not evaluation.are_shared(windows, chosen_on.flatten()).any()
+    path.write_text("\n".join(json.dumps({"text": text}) for text in [own[0]] * count))
+    refuses(evaluation.load_texts, tokenizer, path, None, 8, match="give a --test")
 
 
 def write_parquet(path, rows):
