@@ -10,7 +10,7 @@ Shapes    n strategies already measured, m strategies asked about, d blocks. All
 Not here  sparse or multi-output GPs: n stays in the hundreds, so one Cholesky factor is enough.
 
 The model  y = log f2 (nats);  y(x) = mean(x) + g(x) + noise,  g ~ GP(0, s^2 phi(r)),
-           r^2 = sum_i (x_i - x'_i)^2 / l_i^2
+           r^2 = sum_i (x_i - x'_i)^2 / l_i^2, or of the k features x F instead of the d of x
            theta = (log l_1, ..., log l_d, log s^2, log noise variance)
 
 Every gradient is written out. Both kernels satisfy  d phi / d r = -r psi(r)  with
@@ -224,9 +224,9 @@ class GaussianProcess:
 
     mean      "blocks", "constant", or a mean made already;  kernel: "matern52" or "rbf"
     features  None, or (d, k): the kernel then sees x F, one length scale for each of k features
-    Priors    log l_i ~ N(log sqrt d, 1), log s^2 ~ N(log 0.02, 1), log noise ~ N(log 0.001, 1.5^2)
-              (1 and 0.01 for the standardised y of the constant mean); hyperparameters are their
-              maximum a posteriori by L-BFGS
+    Priors    log l_i ~ N(log sqrt d, 1), or of k features sqrt k; log s^2 ~ N(log_signal, 1),
+              log noise ~ N(log_noise, 1.5^2), both of the mean; hyperparameters are their maximum
+              a posteriori by L-BFGS
     """
 
     def __init__(self, mean="blocks", kernel="matern52", features=None):

@@ -17,7 +17,8 @@ Shapes    B requests, D sparsities of a strategy, n strategies measured, c candi
   ideal        z*                         (-0.05, -0.05), a little better than anything reachable
   net          h_phi                      StratNet: request -> strategy
 
-Laptop    python unicuco.py            (20 s; Algorithm 1 on a toy f2: front, StratNet, uniform)
+Laptop    python unicuco.py            (20 s; Algorithm 1 on a toy f2: front, StratNet, uniform;
+                                         no curvature is known of a toy, so step 0 is left out)
 """
 
 import contextlib
@@ -60,8 +61,9 @@ def log_divergence(kl):
 
 @dataclass
 class Scale:
-    """lo and hi of y = log f2: fixed after the first design, so that requests and hypervolume keep
-    their meaning.
+    """lo and hi of y = log f2, fixed so that requests and hypervolume keep their meaning: of the
+    first design, or where curvature is known of its curves at 0.05 and 0.8. Measured damage may lie
+    above hi; hypervolume then counts it as none.
     """
 
     lo: float
