@@ -148,13 +148,14 @@ def test_the_figure_of_evaluations_has_every_method_at_what_it_spent_and_reached
     (text,) = table["uniform"]["ratio"]
     budgets = [table[f"EvoPress, {b} each"] for b in (13, 26, 52, 104)]
     x, y = panel["EvoPress"]
-    assert x == [64 * b for b in (13, 26, 52, 104)] and y == [r["ratio"][text] for r in budgets]
+    assert x == [r["evaluations"] for r in budgets] and y == [r["ratio"][text] for r in budgets]
+    assert all(spent <= 64 * b < spent + 64 * 8 for spent, b in zip(x, (13, 26, 52, 104)))
     ours = table["UniCuCo"]
     assert panel["UniCuCo"] == ([ours["evaluations"]], [ours["ratio"][text]])
     # 0 has no place on a log axis: left of all others
     (zero,), (one,) = panel["uniform"]
     assert 0 < zero < min(x[0] for method, (x, _) in panel.items() if method != "uniform")
-    assert one == 1 and len(panel) == 5
+    assert one == 1 and set(panel) == {plot.family(method) for method in table}
     panels, table = drawn("smollm2")
     assert len(panels) == len(table["uniform"]["ratio"]) == 2
 
