@@ -148,8 +148,10 @@ class BlocksMean:
 
 
 class CurvatureMean:
-    """The sum of all matrices' own curves, known before any measurement (curvature.py), corrected
-    by what was measured; x (n, 7 d), i the block and j the kind of matrix:
+    """The sum of all matrices' own curves, known before any measurement, corrected by what was
+    measured; x (n, 7 d), i the block and j the kind of matrix. Pruning matrix ij alone by x_ij
+    costs exp(t_ij + q_ij log(x_ij + SHIFT) + r_ij x_ij) nats per token, as the gradients of the
+    dense model say (curvature.py):
 
         mean(x) = c_0 / 2 + log sum_ij exp(t_ij + q_ij log(x_ij + SHIFT) + r_ij x_ij
                                            + a_i / 2 + 0.3 e_j + g_ij x_ij)
@@ -163,8 +165,10 @@ class CurvatureMean:
 
     log_signal, log_noise = math.log(0.01), math.log(5e-4)  # where their priors stand, in nats^2
     scale = 1.0
-    noise = 0.004
-    widths = (0.5, 0.3, 1.0, 0.5, 3.0, 0.5)  # of a, e, b, f, z, c_0
+    noise = 0.004  # nats^2: corrected curves are trusted to about 6 % of KL, the GP has the rest
+    # standard deviations of the corrections by a, e, b, f, z, c_0, in nats: blocks are known less
+    # well than kinds, growth less well than level, and that of all together least
+    widths = (0.5, 0.3, 1.0, 0.5, 3.0, 0.5)
 
     def __init__(self, t, q, r):
         self.shape = t.shape
