@@ -118,7 +118,7 @@ def commands(root):
         "float32",
     ]
     return (
-        ["prune.py", *common, "--uniform", "--no-refit", "--tokens", 64, "--force"],
+        ["prune.py", *common, "--uniform", "--tokens", 64, "--force"],
         [
             "train.py",
             *common,
