@@ -13,6 +13,7 @@ Full      python compare.py --model DIR --data c4.jsonl --test wiki.test.raw --b
 """
 
 import argparse
+import contextlib
 import hashlib
 import math
 import statistics
@@ -184,17 +185,22 @@ def total_evaluations(args, matrices):
     return each * len(args.served) + (args.initial + 4 * args.rounds) * searches + alone
 
 
+@contextlib.contextmanager
+def spending(run):
+    """A dict that has the seconds and evaluations of what was done inside, at its end."""
+    cost = {}
+    started, before = time.perf_counter(), run.evaluations()
+    yield cost
+    cost["seconds"] = time.perf_counter() - started
+    cost["evaluations"] = run.evaluations() - before
+
+
 def timed(run, find, sparsity):
     """find(sparsity) -> strategy (d,): the strategy, its seconds with pruning, its evaluations."""
-    started = time.perf_counter()
-    before = run.evaluations()
-    strategy = find(sparsity)
-    run.pruner.apply(strategy)
-    return {
-        "strategy": strategy.tolist(),
-        "seconds": time.perf_counter() - started,
-        "evaluations": run.evaluations() - before,
-    }
+    with spending(run) as cost:
+        strategy = find(sparsity)
+        run.pruner.apply(strategy)
+    return {"strategy": strategy.tolist(), **cost}
 
 
 def answer(run, method, sparsity, found, shared=None):
@@ -265,14 +271,9 @@ def by_dynamic(run, method):
 
 def alone(run, matrix, matrices):
     """Damages of one matrix, and what measuring them cost."""
-    started = time.perf_counter()
-    before = run.evaluations()
-    damages = damages_alone([*run.quick, run.f2][0], matrix, matrices)
-    return {
-        "damages": damages,
-        "seconds": time.perf_counter() - started,
-        "evaluations": run.evaluations() - before,
-    }
+    with spending(run) as cost:
+        damages = damages_alone([*run.quick, run.f2][0], matrix, matrices)
+    return {"damages": damages, **cost}
 
 
 def by_gp(run, method):
@@ -364,18 +365,17 @@ def foreseen(found, made):
 
 def learned(run, mean):
     """Seconds and evaluations of Algorithm 1, and {sparsity: as `timed`} of its StratNet."""
-    started = time.perf_counter()
-    before = run.evaluations()
     args, windows = run.args, run.setting.calibration
     settings = SearchSettings(initial=args.initial, rounds=args.rounds, mean=mean)
     granularity = "matrix" if mean == "curvature" else "block"
-    layout, curves = prior_of(run.pruner, windows, mean, granularity, args.seed)
-    read = 0 if curves is None else cost_in_tokens(windows) / run.f2.windows.numel()
-    found = search(lambda batch: list(map(run.f2, batch)), layout, settings, args.seed, curves)
+    with spending(run) as cost:
+        layout, curves = prior_of(run.pruner, windows, mean, granularity, args.seed)
+        found = search(lambda batch: list(map(run.f2, batch)), layout, settings, args.seed, curves)
+    if curves is not None:
+        cost["evaluations"] += cost_in_tokens(windows) / run.f2.windows.numel()
     factors = run.f2.factors[-len(found.log) :]
     made = {
-        "seconds": time.perf_counter() - started,
-        "evaluations": run.evaluations() - before + read,
+        **cost,
         "last": last_round(found.log),
         "factor": statistics.median(factors) if factors else None,
         "strategies": {},
