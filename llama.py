@@ -27,6 +27,7 @@ from torch import nn
 
 from model import Config, Llama, generate
 from script import (
+    KEPT_FILES,
     Parser,
     Refused,
     add_model,
@@ -40,12 +41,6 @@ from script import (
 )
 from tokenizer import Tokenizer
 
-# what is copied beside the weights: configuration, tokenizer, licence; nothing else of a folder
-KEPT_FILES = (
-    "config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json"
-    " special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json"
-    " chat_template.jinja LICENSE LICENSE.txt"
-).split()
 LEAST_KEPT = 0.05  # of a packed matrix: strategies leave a tenth; a file of masks alone is a trap
 FLOATS = ("F16", "BF16", "F32")  # the dtypes of weights that are read, as safetensors names them
 SAVE_AGAIN = (

@@ -461,7 +461,7 @@ def requests_of(args):
         raise Refused(f"two requests are named {max(names, key=names.count)}")
     check_together(args, requests)
     if args.json not in (None, "-"):
-        refuse_to_overwrite(Path(args.json), "request")
+        refuse_to_overwrite(Path(args.json), {"request", "kl"}, {"request", "unmet"})
     for r in requests:
         r["out"] = output_of(args, r, len(requests) > 1)
         if not args.dry_run:

@@ -32,6 +32,7 @@ from conftest import (
     call,
     random_model,
     random_net,
+    refuses,
     relative,
     run_script,
     seeds,
@@ -535,6 +536,14 @@ def test_force_replaces_only_what_prune_wrote_and_never_the_source_its_parents_o
     shutil.copytree(small, runs / "0.5")
     (runs / "mine").mkdir()
     (runs / "mine" / "thesis.tex").write_text("years of work")
+    for name, beside in (("with thesis", "thesis.tex"), ("with folder", "0.3/strategy.json")):
+        (runs / name / beside).parent.mkdir(parents=True)
+        (runs / name / beside).write_text("years of work")
+        (runs / name / "strategy.json").write_text('{"strategy": []}')
+    for name, record in (("of others", '{"plan": "attack"}'), ("with data", '{"strategy": []}')):
+        (runs / name).mkdir()
+        (runs / name / "strategy.json").write_text(record)
+    shutil.copyfile(text, runs / "with data" / "text.py")
     (tmp_path / "link").symlink_to(runs)
     base = options(runs / "0.5", text)
     before = contents(tmp_path)
@@ -544,6 +553,10 @@ def test_force_replaces_only_what_prune_wrote_and_never_the_source_its_parents_o
         (*asked, runs / "0.5"),
         (*asked, runs),
         (*asked, runs / "mine"),
+        (*asked, runs / "with thesis"),
+        (*asked, runs / "with folder"),
+        (*asked, runs / "of others"),
+        (*asked, runs / "with data", "--data", runs / "with data" / "text.py"),
         (*asked, runs / "0.5" / ".."),
         (*asked, runs / "0.5" / "inside"),
         (*asked, tmp_path / "link"),
@@ -555,6 +568,27 @@ def test_force_replaces_only_what_prune_wrote_and_never_the_source_its_parents_o
             assert call(prune, *base, *words) == 2, words
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
         assert contents(tmp_path) == before, words
+
+
+def test_a_folder_that_force_does_not_replace_says_which_of_its_entries_is_in_the_way(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    ours = ("config.json", "LICENSE", "model.safetensors", "packed-00001-of-2.safetensors")
+    for name in (*ours, "packed.safetensors.index.json"):
+        (folder / name).write_text("ours")
+    (folder / "strategy.json").write_text('{"strategy": []}')
+    script.refuse_to_replace(folder, True)
+    foreign = ("thesis.tex", "models.safetensors.bak", "stratnet.safetensors", "a\nb", ".git/a")
+    for name in (*foreign, "0.3/strategy.json", "tokenizer.json/a"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+        entry = re.escape(repr(name.split("/")[0]))
+        refuses(script.refuse_to_replace, folder, True, match=f"out holds {entry}, which")
+        if "/" in name:
+            shutil.rmtree((folder / name).parent)
+        else:
+            (folder / name).unlink()
+    script.refuse_to_replace(folder, True)
 
 
 def contents(folder):
@@ -728,6 +762,7 @@ def test_what_cannot_be_done_is_refused_before_the_first_of_a_batch_is_written(
         ),
         ("is a folder", (*asked, tmp_path / "a", "--json", tmp_path)),
         ("no earlier table", (*asked, tmp_path / "a", "--json", tmp_path / "thesis.tex")),
+        ("cannot be written", (*asked, tmp_path / "a", "--json", tmp_path / "file" / "t.json")),
         ("cannot be a folder", (*asked, tmp_path / "file" / "below")),
         ("cannot be a folder", (*asked, tmp_path / ("a" * 250))),
         ("--dry-run", ("--unpack", small, "--out", tmp_path / "a", "--dry-run")),
