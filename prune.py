@@ -25,7 +25,15 @@ import torch.distributed as dist
 
 from curvature import read_curves
 from eval import Divergence, draw, load_texts, stdlib_files
-from llama import Tokenizer, files_to_copy, load_llama, save_llama, stored_dtypes, weight_files
+from llama import (
+    Tokenizer,
+    files_to_copy,
+    load_llama,
+    refuse_link_out,
+    save_llama,
+    stored_dtypes,
+    weight_files,
+)
 from model import Llama
 from offload import offload_blocks
 from patterns import pattern_masks
@@ -499,11 +507,13 @@ def unpack_folder(args):
     if not args.out or args.dry_run:
         raise Refused("--unpack needs --out, and writes: it does not go with --dry-run")
     refuse_to_replace(args.out, args.force, precious_of(args))
+    record = args.unpack / RECORD
+    refuse_link_out(record, args.unpack)
     model, _ = load_llama(args.unpack)
     with new_folder(args.out, args.force) as folder:
         save_llama(model, folder, args.unpack, {})
-        if (args.unpack / RECORD).is_file():
-            shutil.copyfile(args.unpack / RECORD, folder / RECORD)
+        if record.is_file():
+            shutil.copyfile(record, folder / RECORD)
     print(f"wrote {args.out}")
 
 

@@ -799,6 +799,25 @@ def test_a_link_out_of_a_strangers_folder_is_refused_and_the_hubs_own_cache_is_r
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("name", ["strategy.json", "model.safetensors", "packed.safetensors"])
+def test_unpacking_a_strangers_folder_copies_no_file_that_a_link_of_it_names(
+    small, pruned, tmp_path, capsys, name
+):
+    secret, stranger = tmp_path / "secret", tmp_path / "stranger"
+    save_llama(load_llama(pruned)[0], stranger, small, packed=True)
+    shutil.copyfile(pruned / "model.safetensors", stranger / "model.safetensors")
+    (stranger / "strategy.json").write_text('{"password": "mine"}')
+    if name == "packed.safetensors":
+        (stranger / "model.safetensors").unlink()  # which is read before it
+    (stranger / name).rename(secret)
+    (stranger / name).symlink_to(secret)
+    assert call(prune, "--unpack", stranger, "--out", tmp_path / "plain") == 2
+    said = capsys.readouterr()
+    assert f"{name} is a link out of its folder: copy the file itself" in said.err
+    assert len(said.err.splitlines()) == 1 and not said.out
+    assert {path.name for path in tmp_path.iterdir()} == {"secret", "stranger"}
+
+
 def test_weights_that_are_replaced_while_it_serves_are_noticed(
     small, text, tmp_path, capsys, monkeypatch
 ):
