@@ -56,6 +56,7 @@ from script import (
     at_least,
     choose_device,
     choose_tokens,
+    digest_of,
     join_processes,
     meet,
     new_folder,
@@ -109,7 +110,7 @@ class F2:
 def sources(args):
     """What every run depends on: model, text and windows. `args.dtype` is the chosen one."""
     if args.data:
-        name, digest = args.data.name, sha256(args.data) if args.data.is_file() else None
+        name, digest = args.data.name, digest_of(args.data)
     else:
         name = f"stdlib {platform.python_version()}"
         digest = hashlib.sha256("".join(stdlib_files(False)).encode()).hexdigest()
@@ -127,8 +128,8 @@ def sources(args):
 
 
 def tests(args):
-    """{name: digest} of the texts to test on that are files."""
-    return {path.name: sha256(path) for path in args.test or []}
+    """{name: digest} of the texts to test on; None for one that is no file any more."""
+    return {path.name: digest_of(path) for path in args.test or []}
 
 
 @dataclass
@@ -322,7 +323,7 @@ class Service:
             "calibration": {
                 "text": args.data.name if args.data else "stdlib",
                 "tokens": self.calibration.numel(),
-                "sha256": sha256(args.data) if args.data else None,
+                "sha256": digest_of(args.data),
             },
         }
 

@@ -295,6 +295,11 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def digest_of(path):
+    """`sha256` of a regular file; None where there is none: a pipe is empty once it was read."""
+    return sha256(path) if path is not None and path.is_file() else None
+
+
 def read_json(path):
     """The JSON object in the file `path`; Refused, naming the file, when there is none."""
     try:

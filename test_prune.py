@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from fractions import Fraction
 
 import pytest
@@ -336,6 +337,9 @@ def options(small, text):
         "--no-refit",
         *CPU,
     )
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
 
 
 def weights(folder):
@@ -797,6 +801,28 @@ def test_a_link_out_of_a_strangers_folder_is_refused_and_the_hubs_own_cache_is_r
     assert call(prune, *options(stranger, text), *asked, tmp_path / "c") == 2
     assert "is a link out of its folder" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
+
+
+def test_a_text_that_came_through_a_pipe_has_no_digest_in_the_record_and_a_file_has_its_own(
+    small, marked, tmp_path
+):
+    def piped(raw):
+        """The path of a pipe's reading end, as the shell's <(...) gives it."""
+        reading, writing = os.pipe()
+        threading.Thread(target=lambda: open(writing, "wb").write(raw), daemon=True).start()
+        return f"/dev/fd/{reading}"
+
+    digests, pipes = {}, [piped(words.encode()) for words in MARKED]
+    for name, (data, test) in (("files", marked), ("pipes", pipes)):
+        asked = (*options(small, data), "--test", test, "--uniform", "--sparsity", 0.5)
+        table = tmp_path / f"{name}.json"
+        assert call(prune, *asked, "--out", tmp_path / name, "--json", table) == 0
+        record = json.loads((tmp_path / name / "strategy.json").read_text())
+        made = json.loads((tmp_path / f"{name}.provenance.json").read_text())["inputs"]
+        digests[name] = [record["calibration"]["sha256"], made["sha256"], *made["tests"].values()]
+    chosen, tested = map(script.sha256, marked)
+    assert digests == {"files": [chosen, chosen, tested], "pipes": [None] * 3}
+    assert torch.equal(*(weights(tmp_path / n)[UP] for n in digests))  # the same text was read
 
 
 @pytest.mark.parametrize("name", ["strategy.json", "model.safetensors", "packed.safetensors"])
