@@ -22,6 +22,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -39,6 +40,9 @@ OUT_OF_MEMORY = (
 
 
 # ------------------------------------------------------------------------------------ errors
+GRACE = 2  # seconds for torchrun's first process to speak: it is killed when another one ends
+
+
 class Refused(ValueError):
     """Bad input of the user: a message of one line that says what to do. A ValueError that is not
     one is a bug of ours.
@@ -99,6 +103,7 @@ def run(main, hint=""):
         sys.exit(130)
     except Refused as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun's first process says the same
+            time.sleep(GRACE)
             sys.exit(2)
         fail(error)
     except Died:  # pragma: no cover (in a process of its own, which ends here)
@@ -132,7 +137,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        fail(message)
+        raise Refused(message) from None
 
 
 def add_model(parser):

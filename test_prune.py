@@ -679,7 +679,8 @@ def trained_for(small, path, seed=0, **about):
 
 @pytest.mark.slow
 def test_processes_of_torchrun_share_the_requests_and_write_what_one_writes(small, text, tmp_path):
-    asked = [*options(small, text), "--uniform", "--sparsity", 0.3, 0.4, 0.5, "--max-size", 1]
+    asked = [*options(small, text), "--uniform", "--sparsity", 0.3, 0.4, 0.5]
+    asked += ["--max-size", 1, "--packed"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     starts = {"one": [sys.executable], "two": [*torchrun, "--nproc-per-node=2"]}
     written, tables = {}, {}

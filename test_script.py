@@ -514,8 +514,34 @@ def test_under_torchrun_the_first_process_alone_says_what_was_refused(capsys, mo
     def refused():
         raise script.Refused("no")
 
+    def unknown_option():
+        script.Parser("What it does.", []).parse_args(["--nonsense"])
+
+    slept = []
+    monkeypatch.setattr(script.time, "sleep", slept.append)
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(SystemExit) as end:
-            script.run(refused)
-        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == lines
+        for main in (refused, unknown_option):
+            with pytest.raises(SystemExit) as end:
+                script.run(main)
+            assert end.value.code == 2 and capsys.readouterr().err.count("\n") == lines
+    assert slept == [script.GRACE] * 2  # torchrun would end the first process before it speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words,reason",
+    [
+        (("--model", "nowhere", "--sparsity", 0.5), "nowhere is not a folder"),
+        (("--sparsity", 0.5, "--nonsense"), "unrecognized arguments: --nonsense"),
+        (("--sparsity", 2), "sparsity 2 is outside"),
+    ],
+)
+def test_two_processes_of_torchrun_say_in_one_line_what_was_refused(tmp_path, words, reason):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = run_script(*torchrun, "prune.py", *words, "--out", tmp_path / "out")
+    ours = [line for line in done.stderr.splitlines() if line.startswith("prune.py: ")]
+    assert len(ours) == 1 and reason in ours[0], done.stderr
+    frames = re.findall(r'File "(.*?)"', done.stderr)  # torchrun's own report has some
+    assert not [frame for frame in frames if Path(frame).parent == ROOT]
+    assert done.returncode == 1 and not done.stdout and not (tmp_path / "out").exists()
