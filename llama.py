@@ -14,6 +14,7 @@ Full      python llama.py --model ~/Llama-2-7b-hf --prompt "..." --temperature 0
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 import textwrap
@@ -27,6 +28,7 @@ from torch import nn
 
 from model import Config, Llama, generate
 from script import (
+    KEPT_FILES,
     Parser,
     Refused,
     add_model,
@@ -40,12 +42,6 @@ from script import (
 )
 from tokenizer import Tokenizer
 
-# what is copied beside the weights: configuration, tokenizer, licence; nothing else of a folder
-KEPT_FILES = (
-    "config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json"
-    " special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json"
-    " chat_template.jinja LICENSE LICENSE.txt"
-).split()
 LEAST_KEPT = 0.05  # of a packed matrix: strategies leave a tenth; a file of masks alone is a trap
 FLOATS = ("F16", "BF16", "F32")  # the dtypes of weights that are read, as safetensors names them
 SAVE_AGAIN = (
@@ -183,10 +179,12 @@ def weight_files(folder):
             raise Refused(f"{path} is neither a file nor a folder")
         refuse_pointer(path)
     listed = weights_of(folder)
+    refuse_link_out(listed, folder)
     promised = None if listed.suffix == ".safetensors" else read_index(listed)
     paths = [listed] if promised is None else sorted({folder / name for name in promised.values()})
     files = {}
     for path in paths:
+        refuse_link_out(path, folder)
         files[path] = read_header(path)
         if promised is not None:
             owned = {name for name, file in promised.items() if file == path.name}
@@ -196,6 +194,18 @@ def weight_files(folder):
             if wrong:
                 raise Refused(f"{path} and the index disagree about the tensor {min(wrong)!r:.200}")
     return files
+
+
+def refuse_link_out(path, folder):
+    """Refuse a file of a model folder that is a link out of it: a stranger's folder must not carry
+    your files into what you publish. The hub's own cache, models--NAME/snapshots/HASH, which links
+    every file to models--NAME/blobs, is no stranger.
+    """
+    home = Path(os.path.realpath(folder))  # as it is, a ring of links raises nothing
+    blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+    real = Path(os.path.realpath(path))
+    if not any(place in real.parents for place in (home, *blobs)):
+        raise Refused(f"{path} is a link out of its folder: copy the file itself to that place")
 
 
 def weights_of(folder):
@@ -400,17 +410,12 @@ def pruned_tensors(path, names, live, masks, values, packed):
 
 
 def files_to_copy(source):
-    """Files of a model folder that go into every pruned copy as they are: those of KEPT_FILES.
-
-    Refused where one is a link out of the folder: a stranger's folder must not carry your files
-    into what you publish. The hub's own cache, which links every file to its blobs, is no stranger.
+    """Files of a model folder that go into every pruned copy as they are: those of KEPT_FILES, none
+    of them a link out of it.
     """
-    home = source.resolve()
-    homes = home, home.parent.parent / "blobs"
     files = [source / name for name in KEPT_FILES if (source / name).is_file()]
     for path in files:
-        if not any(place in path.resolve().parents for place in homes):
-            raise Refused(f"{path} is a link out of its folder: put the file itself there")
+        refuse_link_out(path, source)
     return files
 
 

@@ -25,7 +25,15 @@ import torch.distributed as dist
 
 from curvature import read_curves
 from eval import Divergence, draw, load_texts, stdlib_files
-from llama import Tokenizer, files_to_copy, load_llama, save_llama, stored_dtypes, weight_files
+from llama import (
+    Tokenizer,
+    files_to_copy,
+    load_llama,
+    refuse_link_out,
+    save_llama,
+    stored_dtypes,
+    weight_files,
+)
 from model import Llama
 from offload import offload_blocks
 from patterns import pattern_masks
@@ -48,6 +56,7 @@ from script import (
     at_least,
     choose_device,
     choose_tokens,
+    digest_of,
     join_processes,
     meet,
     new_folder,
@@ -101,7 +110,7 @@ class F2:
 def sources(args):
     """What every run depends on: model, text and windows. `args.dtype` is the chosen one."""
     if args.data:
-        name, digest = args.data.name, sha256(args.data) if args.data.is_file() else None
+        name, digest = args.data.name, digest_of(args.data)
     else:
         name = f"stdlib {platform.python_version()}"
         digest = hashlib.sha256("".join(stdlib_files(False)).encode()).hexdigest()
@@ -119,8 +128,8 @@ def sources(args):
 
 
 def tests(args):
-    """{name: digest} of the texts to test on that are files."""
-    return {path.name: sha256(path) for path in args.test or []}
+    """{name: digest} of the texts to test on; None for one that is no file any more."""
+    return {path.name: digest_of(path) for path in args.test or []}
 
 
 @dataclass
@@ -314,7 +323,7 @@ class Service:
             "calibration": {
                 "text": args.data.name if args.data else "stdlib",
                 "tokens": self.calibration.numel(),
-                "sha256": sha256(args.data) if args.data else None,
+                "sha256": digest_of(args.data),
             },
         }
 
@@ -461,7 +470,7 @@ def requests_of(args):
         raise Refused(f"two requests are named {max(names, key=names.count)}")
     check_together(args, requests)
     if args.json not in (None, "-"):
-        refuse_to_overwrite(Path(args.json), "request")
+        refuse_to_overwrite(Path(args.json), {"request", "kl"}, {"request", "unmet"})
     for r in requests:
         r["out"] = output_of(args, r, len(requests) > 1)
         if not args.dry_run:
@@ -499,11 +508,13 @@ def unpack_folder(args):
     if not args.out or args.dry_run:
         raise Refused("--unpack needs --out, and writes: it does not go with --dry-run")
     refuse_to_replace(args.out, args.force, precious_of(args))
+    record = args.unpack / RECORD
+    refuse_link_out(record, args.unpack)
     model, _ = load_llama(args.unpack)
     with new_folder(args.out, args.force) as folder:
         save_llama(model, folder, args.unpack, {})
-        if (args.unpack / RECORD).is_file():
-            shutil.copyfile(args.unpack / RECORD, folder / RECORD)
+        if record.is_file():
+            shutil.copyfile(record, folder / RECORD)
     print(f"wrote {args.out}")
 
 
@@ -559,7 +570,7 @@ def main():
     if first:
         report(args, service, table, device, requests, rows)
     unmet = [f"{row['request']}: {row['unmet']}" for row in rows if "unmet" in row]
-    if unmet:
+    if unmet and first:  # an error of another process would end the first while it reports
         raise Refused("; ".join(unmet))
 
 

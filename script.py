@@ -16,11 +16,13 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -38,6 +40,9 @@ OUT_OF_MEMORY = (
 
 
 # ------------------------------------------------------------------------------------ errors
+GRACE = 2  # seconds for torchrun's first process to speak: it is killed when another one ends
+
+
 class Refused(ValueError):
     """Bad input of the user: a message of one line that says what to do. A ValueError that is not
     one is a bug of ours.
@@ -98,6 +103,7 @@ def run(main, hint=""):
         sys.exit(130)
     except Refused as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun's first process says the same
+            time.sleep(GRACE)
             sys.exit(2)
         fail(error)
     except Died:  # pragma: no cover (in a process of its own, which ends here)
@@ -131,7 +137,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        fail(message)
+        raise Refused(message) from None
 
 
 def add_model(parser):
@@ -294,6 +300,11 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def digest_of(path):
+    """`sha256` of a regular file; None where there is none: a pipe is empty once it was read."""
+    return sha256(path) if path is not None and path.is_file() else None
+
+
 def read_json(path):
     """The JSON object in the file `path`; Refused, naming the file, when there is none."""
     try:
@@ -421,11 +432,42 @@ def write_provenance(path, made):
     """NAME.provenance.json beside the table NAME.json, whose form has no place for it: written
     first, so that a full disk leaves no table without.
     """
-    write_json(Path(path).with_suffix(".provenance.json"), made)
+    write_json(provenance_path(path), made)
 
 
+def provenance_path(path):
+    return Path(path).with_suffix(".provenance.json")
+
+
+# ------------------------------------------------------------------- what is ours to write over
 RECORD = "strategy.json"  # in every folder that prune.py wrote, and in no other
+# what is copied beside the weights: configuration, tokenizer, licence; nothing else of a folder
+KEPT_FILES = (
+    "config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json"
+    " special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json"
+    " chat_template.jinja LICENSE LICENSE.txt"
+).split()
+WEIGHT_FILE = re.compile(r"(model|packed)[\w.-]*\.safetensors(\.index\.json)?")
 LONGEST_NAME = 240  # bytes of a folder's name: disks take 255, and a hidden neighbour needs a few
+LONGEST_FILE = 160  # of a file's: its neighbours carry the machine's name too, see `replacing`
+
+
+def can_be_made(path, longest):
+    """Whether `path` can be written, its folders with it: the nearest parent that is there is a
+    folder that takes new files; no name is too long for a disk, its own not over `longest` bytes.
+    """
+    nearest = next(filter(os.path.lexists, path.absolute().parents), path)
+    lengths = [len(os.fsencode(part)) for part in path.parts]
+    short = len(os.fsencode(path.name)) <= longest and max(lengths, default=0) <= 255
+    return short and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def holds(path, ours):
+    """Whether the file `path` is JSON of which ours(value) is true; what is no file is not read."""
+    try:
+        return path.is_file() and bool(ours(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, RecursionError):
+        return False
 
 
 def refuse_to_replace(path, force, precious=()):
@@ -435,11 +477,10 @@ def refuse_to_replace(path, force, precious=()):
     precious   the source and texts: `path` may neither be, contain nor lie in one of them
     """
     try:
-        here = path.resolve()
-        blocked = any(parent.exists() and not parent.is_dir() for parent in here.parents)
+        here, possible = path.resolve(), can_be_made(path, LONGEST_NAME)
     except (OSError, RuntimeError):  # a name too long, a ring of links
-        blocked = True
-    if blocked or len(os.fsencode(path.name)) > LONGEST_NAME:
+        possible = False
+    if not possible:
         raise Refused(f"{str(path)[:80]} cannot be a folder here: choose another --out")
     for kept in (Path.cwd(), *precious):
         if here == kept.resolve() or here in kept.resolve().parents:
@@ -451,23 +492,45 @@ def refuse_to_replace(path, force, precious=()):
         raise Refused(f"{path} is a link: choose another --out")
     if path.exists() and not force:
         raise Refused(f"{path} exists already; --force replaces a folder that prune.py wrote")
-    if path.exists() and not (path / RECORD).is_file():
-        raise Refused(f"{path} has no {RECORD}: prune.py did not write it and does not replace it")
+    if path.exists():
+        refuse_foreign(path)
 
 
-def refuse_to_overwrite(path, key):
-    """Refuse to write the JSON file `path` over anything but an earlier table: rows with `key`."""
+def refuse_foreign(folder):
+    """Refuse a folder that prune.py did not write, or in which somebody put anything else since."""
+    ours = lambda record: isinstance(record, dict) and "strategy" in record
+    if not holds(folder / RECORD, ours):
+        raise Refused(
+            f"{folder} has no {RECORD} of prune.py, which did not write it and does not replace it"
+        )
+    for entry in sorted(folder.iterdir()):
+        written = entry.name in (RECORD, *KEPT_FILES) or WEIGHT_FILE.fullmatch(entry.name)
+        if entry.is_dir() or not written:
+            raise Refused(
+                f"{folder} holds {entry.name!r:.80}, which prune.py did not write: move that away,"
+                " or choose another --out"
+            )
+
+
+def refuse_to_overwrite(path, *forms):
+    """Refuse to write the table `path`, and its provenance beside it, over anything but earlier
+    ones.
+
+    forms   sets of keys: every row of a table has all the keys of one of them
+    """
+    if not can_be_made(path, LONGEST_FILE):
+        raise Refused(f"{str(path)[:80]} cannot be written here: choose another file")
     if path.is_dir():
         raise Refused(f"{path} is a folder, not a file to write")
-    if not path.exists():
-        return
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        ours = all(key in row for row in rows)
-    except (ValueError, TypeError, RecursionError):
-        ours = False
-    if not ours:
-        raise Refused(f"{path} exists and is no earlier table: choose another file")
+
+    def table(rows):
+        fits = lambda row: isinstance(row, dict) and any(form <= row.keys() for form in forms)
+        return isinstance(rows, list) and rows and all(map(fits, rows))
+
+    made = lambda value: isinstance(value, dict) and {"command", "commit"} <= value.keys()
+    for file, ours, what in ((path, table, ""), (provenance_path(path), made, "'s provenance")):
+        if os.path.lexists(file) and not holds(file, ours):
+            raise Refused(f"{file} exists and is no earlier table{what}: choose another file")
 
 
 @contextlib.contextmanager

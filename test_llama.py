@@ -608,6 +608,33 @@ def test_a_pipe_in_a_checkpoint_is_refused_instead_of_waited_for(place):
     assert load_llama(folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.index.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors"]
+)
+def test_weights_that_are_links_are_read_inside_the_folder_and_in_the_hubs_cache_alone(
+    place, tmp_path, name
+):
+    folder, cache = place("sharded"), tmp_path / "models--a--b"
+    snapshot, elsewhere = cache / "snapshots" / "0123", tmp_path / "snapshots of others"
+    (folder / "real").mkdir()
+    (folder / name).rename(folder / "real" / name)
+    (folder / name).symlink_to(folder / "real" / name)
+    assert load_llama(folder)
+    for path in (cache / "blobs", snapshot.parent, elsewhere):
+        path.mkdir(parents=True)
+    (folder / "real" / name).rename(cache / "blobs" / "4567")
+    (folder / name).unlink()
+    (folder / name).symlink_to("../../blobs/4567")
+    assert load_llama(folder.rename(snapshot))
+    (cache / "blobs").rename(tmp_path / "blobs")
+    folder = snapshot.rename(elsewhere / "0123")  # whose neighbours' blobs are anybody's
+    for read in (load_llama, weight_files):
+        refuses(read, folder, match=f"{name} is a link out of its folder: copy the file itself")
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder / name)  # a ring
+    refuses(load_llama, folder)
+
+
 def test_llama_streams_the_text_that_generation_gives_and_compares_two_models_side_by_side(
     small, pruned, capsys
 ):

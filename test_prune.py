@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from fractions import Fraction
 
 import pytest
@@ -32,6 +33,7 @@ from conftest import (
     call,
     random_model,
     random_net,
+    refuses,
     relative,
     run_script,
     seeds,
@@ -337,6 +339,9 @@ def options(small, text):
     )
 
 
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
@@ -535,6 +540,14 @@ def test_force_replaces_only_what_prune_wrote_and_never_the_source_its_parents_o
     shutil.copytree(small, runs / "0.5")
     (runs / "mine").mkdir()
     (runs / "mine" / "thesis.tex").write_text("years of work")
+    for name, beside in (("with thesis", "thesis.tex"), ("with folder", "0.3/strategy.json")):
+        (runs / name / beside).parent.mkdir(parents=True)
+        (runs / name / beside).write_text("years of work")
+        (runs / name / "strategy.json").write_text('{"strategy": []}')
+    for name, record in (("of others", '{"plan": "attack"}'), ("with data", '{"strategy": []}')):
+        (runs / name).mkdir()
+        (runs / name / "strategy.json").write_text(record)
+    shutil.copyfile(text, runs / "with data" / "text.py")
     (tmp_path / "link").symlink_to(runs)
     base = options(runs / "0.5", text)
     before = contents(tmp_path)
@@ -544,6 +557,10 @@ def test_force_replaces_only_what_prune_wrote_and_never_the_source_its_parents_o
         (*asked, runs / "0.5"),
         (*asked, runs),
         (*asked, runs / "mine"),
+        (*asked, runs / "with thesis"),
+        (*asked, runs / "with folder"),
+        (*asked, runs / "of others"),
+        (*asked, runs / "with data", "--data", runs / "with data" / "text.py"),
         (*asked, runs / "0.5" / ".."),
         (*asked, runs / "0.5" / "inside"),
         (*asked, tmp_path / "link"),
@@ -555,6 +572,27 @@ def test_force_replaces_only_what_prune_wrote_and_never_the_source_its_parents_o
             assert call(prune, *base, *words) == 2, words
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
         assert contents(tmp_path) == before, words
+
+
+def test_a_folder_that_force_does_not_replace_says_which_of_its_entries_is_in_the_way(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    ours = ("config.json", "LICENSE", "model.safetensors", "packed-00001-of-2.safetensors")
+    for name in (*ours, "packed.safetensors.index.json"):
+        (folder / name).write_text("ours")
+    (folder / "strategy.json").write_text('{"strategy": []}')
+    script.refuse_to_replace(folder, True)
+    foreign = ("thesis.tex", "models.safetensors.bak", "stratnet.safetensors", "a\nb", ".git/a")
+    for name in (*foreign, "0.3/strategy.json", "tokenizer.json/a"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+        entry = re.escape(repr(name.split("/")[0]))
+        refuses(script.refuse_to_replace, folder, True, match=f"out holds {entry}, which")
+        if "/" in name:
+            shutil.rmtree((folder / name).parent)
+        else:
+            (folder / name).unlink()
+    script.refuse_to_replace(folder, True)
 
 
 def contents(folder):
@@ -641,7 +679,8 @@ def trained_for(small, path, seed=0, **about):
 
 @pytest.mark.slow
 def test_processes_of_torchrun_share_the_requests_and_write_what_one_writes(small, text, tmp_path):
-    asked = [*options(small, text), "--uniform", "--sparsity", 0.3, 0.4, 0.5, "--max-size", 1]
+    asked = [*options(small, text), "--uniform", "--sparsity", 0.3, 0.4, 0.5]
+    asked += ["--max-size", 1, "--packed"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     starts = {"one": [sys.executable], "two": [*torchrun, "--nproc-per-node=2"]}
     written, tables = {}, {}
@@ -728,6 +767,7 @@ def test_what_cannot_be_done_is_refused_before_the_first_of_a_batch_is_written(
         ),
         ("is a folder", (*asked, tmp_path / "a", "--json", tmp_path)),
         ("no earlier table", (*asked, tmp_path / "a", "--json", tmp_path / "thesis.tex")),
+        ("cannot be written", (*asked, tmp_path / "a", "--json", tmp_path / "file" / "t.json")),
         ("cannot be a folder", (*asked, tmp_path / "file" / "below")),
         ("cannot be a folder", (*asked, tmp_path / ("a" * 250))),
         ("--dry-run", ("--unpack", small, "--out", tmp_path / "a", "--dry-run")),
@@ -762,6 +802,47 @@ def test_a_link_out_of_a_strangers_folder_is_refused_and_the_hubs_own_cache_is_r
     assert call(prune, *options(stranger, text), *asked, tmp_path / "c") == 2
     assert "is a link out of its folder" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
+
+
+def test_a_text_that_came_through_a_pipe_has_no_digest_in_the_record_and_a_file_has_its_own(
+    small, marked, tmp_path
+):
+    def piped(raw):
+        """The path of a pipe's reading end, as the shell's <(...) gives it."""
+        reading, writing = os.pipe()
+        threading.Thread(target=lambda: open(writing, "wb").write(raw), daemon=True).start()
+        return f"/dev/fd/{reading}"
+
+    digests, pipes = {}, [piped(words.encode()) for words in MARKED]
+    for name, (data, test) in (("files", marked), ("pipes", pipes)):
+        asked = (*options(small, data), "--test", test, "--uniform", "--sparsity", 0.5)
+        table = tmp_path / f"{name}.json"
+        assert call(prune, *asked, "--out", tmp_path / name, "--json", table) == 0
+        record = json.loads((tmp_path / name / "strategy.json").read_text())
+        made = json.loads((tmp_path / f"{name}.provenance.json").read_text())["inputs"]
+        digests[name] = [record["calibration"]["sha256"], made["sha256"], *made["tests"].values()]
+    chosen, tested = map(script.sha256, marked)
+    assert digests == {"files": [chosen, chosen, tested], "pipes": [None] * 3}
+    assert torch.equal(*(weights(tmp_path / n)[UP] for n in digests))  # the same text was read
+
+
+@pytest.mark.parametrize("name", ["strategy.json", "model.safetensors", "packed.safetensors"])
+def test_unpacking_a_strangers_folder_copies_no_file_that_a_link_of_it_names(
+    small, pruned, tmp_path, capsys, name
+):
+    secret, stranger = tmp_path / "secret", tmp_path / "stranger"
+    save_llama(load_llama(pruned)[0], stranger, small, packed=True)
+    shutil.copyfile(pruned / "model.safetensors", stranger / "model.safetensors")
+    (stranger / "strategy.json").write_text('{"password": "mine"}')
+    if name == "packed.safetensors":
+        (stranger / "model.safetensors").unlink()  # which is read before it
+    (stranger / name).rename(secret)
+    (stranger / name).symlink_to(secret)
+    assert call(prune, "--unpack", stranger, "--out", tmp_path / "plain") == 2
+    said = capsys.readouterr()
+    assert f"{name} is a link out of its folder: copy the file itself" in said.err
+    assert len(said.err.splitlines()) == 1 and not said.out
+    assert {path.name for path in tmp_path.iterdir()} == {"secret", "stranger"}
 
 
 def test_weights_that_are_replaced_while_it_serves_are_noticed(

@@ -87,14 +87,14 @@ def test_a_file_or_a_folder_appears_when_it_is_complete_and_the_old_one_stays_wh
         folder = tmp_path / "folder"
         try:
             with new_folder(folder, force) as partial:
-                (partial / "a").write_text("new" if force else "old")
-                (partial / "strategy.json").write_text("{}")
+                (partial / "LICENSE").write_text("new" if force else "old")
+                (partial / "strategy.json").write_text('{"strategy": []}')
                 assert not list(folder.glob("*")) or force
                 if error:
                     raise error
         except RuntimeError:
             pass
-        assert (folder / "a").read_text() == "old" and sorted(os.listdir(tmp_path)) == [
+        assert (folder / "LICENSE").read_text() == "old" and sorted(os.listdir(tmp_path)) == [
             "a.json",
             "folder",
         ]
@@ -210,15 +210,15 @@ def test_a_file_that_is_being_written_carries_its_machines_name(tmp_path):
 
 def test_a_folder_comes_back_when_its_replacement_fails(tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "strategy.json").write_text("old")
+    (tmp_path / "model" / "strategy.json").write_text('{"strategy": "old"}')
     with pytest.raises(RuntimeError):
         with new_folder(tmp_path / "model", force=True) as folder:
-            (folder / "new").write_text("half")
+            (folder / "LICENSE").write_text("half")
             raise RuntimeError("the disk is full")
     rename = os.replace
 
     def fails(source, target):
-        if (Path(source) / "new").exists():
+        if (Path(source) / "LICENSE").exists():
             raise OSError("no")
         rename(source, target)
 
@@ -226,7 +226,7 @@ def test_a_folder_comes_back_when_its_replacement_fails(tmp_path):
         patch.setattr(os, "replace", fails)
         with pytest.raises(OSError):
             with new_folder(tmp_path / "model", force=True) as folder:
-                (folder / "new").write_text("whole")
+                (folder / "LICENSE").write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["model"] and [
         p.name for p in (tmp_path / "model").iterdir()
     ] == ["strategy.json"]
@@ -442,15 +442,42 @@ def test_what_is_written_has_the_permissions_of_any_new_file(tmp_path, small, um
         assert path.stat().st_mode & 0o777 == mode
 
 
+ROWS = {"request", "kl"}, {"request", "unmet"}  # keys of the rows of a table of prune.py
+
+
 def test_a_table_replaces_an_earlier_table_and_nothing_else(tmp_path):
     table, thesis = tmp_path / "table.json", tmp_path / "thesis.tex"
-    script.refuse_to_overwrite(table, "request")
-    write_json(table, [{"request": "0.5"}])
-    script.refuse_to_overwrite(table, "request")
-    for content in ("years of work", "[1]", '{"a": 1}', '[{"a": 1}]', "[" * 10**5):
+    script.refuse_to_overwrite(table, *ROWS)
+    write_json(table, [{"request": "0.5", "kl": 0.1, "ppl": 9}, {"request": "x", "unmet": "no"}])
+    script.write_provenance(table, script.provenance())
+    script.refuse_to_overwrite(table, *ROWS)
+    foreign = ('{"a": 1}', '[{"a": 1}]', "[" * 10**5, "[]", "{}", '""', '{"request": 1, "kl": 2}')
+    for content in (*foreign, "years of work", "[1]", '[{"request": "GET /"}]'):
         thesis.write_text(content)
-        refuses(script.refuse_to_overwrite, thesis, "request", match="no earlier table")
-    refuses(script.refuse_to_overwrite, tmp_path, "request", match="is a folder")
+        refuses(script.refuse_to_overwrite, thesis, *ROWS, match="no earlier table:")
+    refuses(script.refuse_to_overwrite, tmp_path, *ROWS, match="is a folder")
+    beside = tmp_path / "table.provenance.json"
+    for content in ("years of work", "[]", "{}", '["command", "commit"]'):
+        beside.write_text(content)
+        refuses(script.refuse_to_overwrite, table, *ROWS, match="no earlier table's provenance")
+    os.mkfifo(tmp_path / "pipe.json")  # opening it would wait for ever
+    refuses(script.refuse_to_overwrite, tmp_path / "pipe.json", *ROWS, match="no earlier table:")
+
+
+def test_a_table_that_no_disk_would_take_is_refused_and_folders_are_made_for_it(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    names = ("file/below.json", "file/b/c.json", "dangling/a.json", "ring/a.json", "é" * 81)
+    for name in (*names, "a" * 256 + "/b.json"):
+        refuses(script.refuse_to_overwrite, tmp_path / name, *ROWS, match="cannot be written here")
+    script.refuse_to_overwrite(tmp_path / "new" / "folders" / "table.json", *ROWS)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)  # the disk is read-only
+    for refuse in (script.refuse_to_overwrite, script.refuse_to_replace):
+        refuses(refuse, tmp_path / "new" / "table.json", set(), match="cannot be")
 
 
 def test_an_output_that_no_disk_would_take_is_refused_before_any_work(tmp_path):
@@ -487,8 +514,34 @@ def test_under_torchrun_the_first_process_alone_says_what_was_refused(capsys, mo
     def refused():
         raise script.Refused("no")
 
+    def unknown_option():
+        script.Parser("What it does.", []).parse_args(["--nonsense"])
+
+    slept = []
+    monkeypatch.setattr(script.time, "sleep", slept.append)
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(SystemExit) as end:
-            script.run(refused)
-        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == lines
+        for main in (refused, unknown_option):
+            with pytest.raises(SystemExit) as end:
+                script.run(main)
+            assert end.value.code == 2 and capsys.readouterr().err.count("\n") == lines
+    assert slept == [script.GRACE] * 2  # torchrun would end the first process before it speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words,reason",
+    [
+        (("--model", "nowhere", "--sparsity", 0.5), "nowhere is not a folder"),
+        (("--sparsity", 0.5, "--nonsense"), "unrecognized arguments: --nonsense"),
+        (("--sparsity", 2), "sparsity 2 is outside"),
+    ],
+)
+def test_two_processes_of_torchrun_say_in_one_line_what_was_refused(tmp_path, words, reason):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = run_script(*torchrun, "prune.py", *words, "--out", tmp_path / "out")
+    ours = [line for line in done.stderr.splitlines() if line.startswith("prune.py: ")]
+    assert len(ours) == 1 and reason in ours[0], done.stderr
+    frames = re.findall(r'File "(.*?)"', done.stderr)  # torchrun's own report has some
+    assert not [frame for frame in frames if Path(frame).parent == ROOT]
+    assert done.returncode == 1 and not done.stdout and not (tmp_path / "out").exists()

@@ -3,8 +3,9 @@ Text <-> token ids of a model folder that anyone may have made, as transformers 
 
 Source    the formats of Hugging Face's tokenizers and of sentencepiece, whose packages do the work.
 Reading   beside llama.py, which loads it with a model; can be skipped.
-Strangers a tokenizer.json is a program: rules that double a text thirty times, or a pattern that
-          backtracks for ever, are tried in a process of their own before they are used here.
+Strangers a tokenizer.json is a program: rules that double a text thirty times, on its way in or
+          back, or a pattern that backtracks for ever, are tried in a process of their own before
+          they are used here.
 """
 
 import os
@@ -22,40 +23,58 @@ NO_FAST_FILE = (
 # rules that neither lengthen a text much nor take long, whatever is in the file
 HARMLESS = set(
     "NFC NFD NFKC NFKD Lowercase Strip StripAccents Prepend BertNormalizer Precompiled Nmt"
-    " ByteLevel Digits Whitespace WhitespaceSplit Metaspace BertPreTokenizer Punctuation".split()
+    " ByteLevel Digits Whitespace WhitespaceSplit Metaspace BertPreTokenizer Punctuation"
+    " ByteFallback Fuse WordPiece".split()
 )
+# what a rule of several lists its parts under: as normaliser, pre-tokeniser, decoder
+PARTS = "normalizers", "pretokenizers", "decoders"
+# decoders that put a space for this text: for none, between all letters, which doubles them
+SPACED = {"BPEDecoder": "suffix", "CTC": "word_delimiter_token"}
 # the pattern of Llama 3 and of Qwen, whose digits come one to three at a time or one
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+KNOWN_SPLITS = WORDS, WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|")
 MEMORY, SECONDS = 4 * 2**30, 30  # what a trial may take, loading included
+GROWTH = 100  # how much longer it may make a text: 18 times is known, of one letter of Arabic
 TRIAL = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
 resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
 import tokenizers
 fast = tokenizers.Tokenizer.from_file(sys.argv[1])
+fast.no_truncation()
+fast.no_padding()
 runs = [chr(c) * 64 + "!" for c in range(32, 127)]
-fast.encode_batch([" ".join(runs), *runs, "a\\n" * 64, "\u00e9 \u4e16" * 64])
+def compare(made, given):
+    if len(made) > {GROWTH} * (len(given) + 1):
+        sys.exit("too long")
+for token, i in fast.get_vocab().items():
+    compare(fast.decode([i], skip_special_tokens=False), token)
+for text in [*runs, "a\\n" * 64, "\u00e9 \u4e16" * 64, " ".join(runs)]:
+    ids = fast.encode(text).ids
+    compare(ids, text)
+    compare(fast.decode(ids, skip_special_tokens=False), text)
 """
 
 
 # ------------------------------------------------------------------------------ strangers' files
 def harmless(rule):
-    """Whether a normaliser or pre-tokeniser of tokenizer.json is of a kind that cannot explode."""
+    """Whether a normaliser, pre-tokeniser or decoder of tokenizer.json is of a kind that cannot
+    explode.
+    """
     if rule is None:
         return True
     kind, pattern = rule.get("type"), rule.get("pattern") or {}
     if kind == "Sequence":
-        parts = rule.get("normalizers") or rule.get("pretokenizers") or []
+        parts = [part for key in PARTS for part in rule.get(key) or []]  # whichever is read
         return len(parts) <= 16 and all(map(harmless, parts))
     if kind == "Replace":
-        return len(rule.get("content", "")) <= len(pattern.get("String", ""))
+        return "String" in pattern and len(rule.get("content", "")) <= len(pattern["String"])
     if kind == "Split":
-        expression = pattern.get("Regex", "").replace("{1,3}", "")
-        return "String" in pattern or expression == WORDS
-    return kind in HARMLESS
+        return "String" in pattern or pattern.get("Regex") in KNOWN_SPLITS
+    return bool(rule.get(SPACED[kind])) if kind in SPACED else kind in HARMLESS
 
 
 def try_unknown_rules(path):
@@ -64,7 +83,7 @@ def try_unknown_rules(path):
     """
     rules = read_json(path)
     try:
-        if harmless(rules.get("normalizer")) and harmless(rules.get("pre_tokenizer")):
+        if all(harmless(rules.get(place)) for place in ("normalizer", "pre_tokenizer", "decoder")):
             return
     except (AttributeError, TypeError, RecursionError):
         pass  # of no known form: tried too
@@ -77,8 +96,8 @@ def try_unknown_rules(path):
         failed = True
     if failed:
         raise Refused(
-            f"{path} was tried on a few words and crashed, or took over {SECONDS} s or"
-            f" {MEMORY // 2**30} GB: get it from the model's publisher"
+            f"{path} was tried on a few words and crashed, made them over {GROWTH} times longer, or"
+            f" took over {SECONDS} s or {MEMORY // 2**30} GB: get it from the model's publisher"
         )
 
 
@@ -106,8 +125,8 @@ class Tokenizer:
     """Text to token ids and back, as transformers does it: by `tokenizer.json` and the package
     tokenizers, without that file by `tokenizer.model` and sentencepiece.
 
-    encode    text -> ids, list of texts -> list of ids (over all cores), without special tokens;
-              decode: ids -> text
+    encode    text -> ids, list of texts -> list of ids (over all cores), without special tokens
+    decode    ids -> text
     bos_id, adds_bos   the begin token (or None), and whether a text opens with it. tokenizer.json's
                        template decides; for tokenizer.model, add_bos_token of tokenizer_config.json
     eos_ids   the ends of a text: generation_config.json's, else config.json's, else the tokenizer's
@@ -118,9 +137,9 @@ class Tokenizer:
         self.settings = self.optional("tokenizer_config.json")
         try:
             if (self.folder / "tokenizer.json").exists():
-                end = self.open_tokenizers(self.folder / "tokenizer.json")
+                end = native(self.open_tokenizers, self.folder / "tokenizer.json")
             else:
-                end = self.open_sentencepiece(self.folder / "tokenizer.model")
+                end = native(self.open_sentencepiece, self.folder / "tokenizer.model")
         except ImportError as error:
             raise Refused(
                 f"the tokenizer of {folder} needs one more package: pip install {error.name}"
@@ -149,13 +168,13 @@ class Tokenizer:
         import tokenizers
 
         try_unknown_rules(path)
-        fast = native(tokenizers.Tokenizer.from_file, str(path))
+        fast = tokenizers.Tokenizer.from_file(str(path))
         fast.no_truncation()  # this and padding can be set in the file, for training
         fast.no_padding()
         self.batch = lambda texts: [
             e.ids for e in fast.encode_batch(texts, add_special_tokens=False)
         ]
-        self.decode = lambda ids: fast.decode(ids, skip_special_tokens=False)
+        self.join = lambda ids: fast.decode(ids, skip_special_tokens=False)
         begin = fast.encode("a").ids[:1]
         self.adds_bos = begin != fast.encode("a", add_special_tokens=False).ids[:1]
         self.bos_id = begin[0] if self.adds_bos else fast.token_to_id(self.named("bos_token"))
@@ -176,7 +195,7 @@ class Tokenizer:
 
         self.batch = batch
         # a model may have more tokens
-        self.decode = lambda ids: pieces.decode([i for i in ids if i < size])
+        self.join = lambda ids: pieces.decode([i for i in ids if i < size])
         ids = added | {pieces.id_to_piece(i): i for i in range(size)}
         self.bos_id = ids.get(self.named("bos_token"), pieces.bos_id())
         self.adds_bos = bool(self.settings.get("add_bos_token", True)) and self.bos_id >= 0
@@ -224,3 +243,12 @@ class Tokenizer:
                 f" {self.vocab_size} tokens: they do not belong together"
             )
         return ids[0] if isinstance(text, str) else ids
+
+    def decode(self, ids):
+        """The text of token ids. Refused where the library fails on them."""
+        try:
+            return native(self.join, ids)
+        except Exception as error:
+            raise Refused(
+                f"the tokenizer cannot decode these tokens: {first_line(error)}"
+            ) from None

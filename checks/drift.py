@@ -45,7 +45,8 @@ def here(model, data, test):
     args = argparse.Namespace(model=model, data=data, test=test, dtype=None)
     args.tokens = args.calibration = args.seqlen = None
     inputs = sources(args)
-    return inputs["weights"], {inputs["data"]: inputs["sha256"] or "", **tests(args)}
+    texts = {inputs["data"]: inputs["sha256"], **tests(args)}
+    return inputs["weights"], {name: digest or "" for name, digest in texts.items()}
 
 
 def missing(inputs, files):
