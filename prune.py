@@ -56,7 +56,7 @@ from script import (
     at_least,
     choose_device,
     choose_tokens,
-    digest_of,
+    file_digest,
     join_processes,
     meet,
     new_folder,
@@ -110,7 +110,7 @@ class F2:
 def sources(args):
     """What every run depends on: model, text and windows. `args.dtype` is the chosen one."""
     if args.data:
-        name, digest = args.data.name, digest_of(args.data)
+        name, digest = args.data.name, file_digest(args.data)
     else:
         name = f"stdlib {platform.python_version()}"
         digest = hashlib.sha256("".join(stdlib_files(False)).encode()).hexdigest()
@@ -129,7 +129,7 @@ def sources(args):
 
 def tests(args):
     """{name: digest} of the texts to test on; None for one that is no file any more."""
-    return {path.name: digest_of(path) for path in args.test or []}
+    return {path.name: file_digest(path) for path in args.test or []}
 
 
 @dataclass
@@ -323,7 +323,7 @@ class Service:
             "calibration": {
                 "text": args.data.name if args.data else "stdlib",
                 "tokens": self.calibration.numel(),
-                "sha256": digest_of(args.data),
+                "sha256": file_digest(args.data),
             },
         }
 

@@ -300,7 +300,7 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def digest_of(path):
+def file_digest(path):
     """`sha256` of a regular file; None where there is none: a pipe is empty once it was read."""
     return sha256(path) if path is not None and path.is_file() else None
 
