@@ -319,7 +319,8 @@ def main():
         shutil.copytree(ROOT, scratch, ignore=shutil.ignore_patterns(".git", "out"))
         check_unbroken({file for file, *_ in named + drawn}, scratch)
         came_back = survivors(named, scratch)
-        print(f"{len(named) - came_back} of {len(named)} named breaks caught")
+        if named:
+            print(f"{len(named) - came_back} of {len(named)} named breaks caught")
         if drawn:
             caught = len(drawn) - survivors(drawn, scratch)
             print(f"{caught} of {len(drawn)} breaks caught, of {possible} possible")
