@@ -184,6 +184,19 @@ def pruner(tokens):
     return Pruner(random_model(), tokens)
 
 
+def test_f2_is_kl_from_the_dense_model_on_all_its_windows_and_counts_their_tokens(small, tokens):
+    model, windows = load_llama(small)[0], tokens[:3]
+    dense = Divergence(model, windows)
+    pruner = Pruner(model, tokens[3:])
+    pruner.apply([0.5] * 3)  # the reference is the dense model, however it is found
+    f2 = prune.F2(pruner, windows)
+    for strategy in ([0.2, 0.5, 0.7], [0.0] * 3):
+        kl = f2(strategy)
+        pruner.apply(strategy)
+        assert abs(kl - dense.measure()[0]) <= 1e-12  # float64 of the same float32 logits
+    assert f2.tokens_spent == 2 * windows.numel()
+
+
 @steady
 @given(seeds, st.integers(1, 6), st.integers(1, 130), st.floats(0, 0.9999), st.floats(0, 0.9999))
 def test_a_higher_sparsity_drops_a_superset_whatever_the_scores_ties_included(
@@ -372,6 +385,8 @@ def test_packed_then_unpacked_is_what_plain_pruning_writes_offloaded_or_not(
         <= 1
     )  # float32; headers
     assert f"wrote {tmp_path / 'again'}" in capsys.readouterr().out
+    records = ((tmp_path / name / "strategy.json").read_bytes() for name in ("packed", "again"))
+    assert len(set(records)) == 1
     before = (tmp_path / "plain" / "model.safetensors").read_bytes()
     assert (
         call(
@@ -419,13 +434,19 @@ def test_a_dry_run_writes_nothing_and_json_stands_alone_on_standard_output(
     assert re.search(r"^ +blocks 0.25 0.25 0.25$", capsys.readouterr().out, re.M)
 
 
-def test_a_pattern_keeps_the_count_that_it_prints(small, text, tmp_path):
-    asked = (*options(small, text), "--uniform", "--sparsity", 0.5, "--pattern", "2:4")
+@pytest.mark.parametrize("refitted", ["--no-refit", "--refit"])
+def test_a_pattern_keeps_the_count_that_it_prints(small, text, tmp_path, refitted):
+    asked = (*options(small, text), "--uniform", "--sparsity", 0.5, "--pattern", "2:4", refitted)
     assert call(prune, *asked, "--out", tmp_path / "out") == 0
-    pruned = [W for n, W in weights(tmp_path / "out").items() if n.endswith("_proj.weight")]
+    written = weights(tmp_path / "out")
+    written = {n: W for n, W in written.items() if n.endswith("_proj.weight")}
+    pruned = written.values()
     zeros = sum(int((W == 0).sum()) for W in pruned) / sum(W.numel() for W in pruned)
     record = json.loads((tmp_path / "out" / "strategy.json").read_text())
-    assert record["counted"] == zeros == 0.5
+    assert record["counted"] == zeros == 0.5 and record["refitted"] == (refitted == "--refit")
+    dense = load_file(small / "model.safetensors")
+    moved = [not torch.equal(W[W != 0], dense[n][W != 0]) for n, W in written.items()]
+    assert all(moved) if refitted == "--refit" else not any(moved)
     assert all(((W.view(-1, 4) != 0).sum(1) == 2).all() for W in pruned)
 
 
@@ -628,7 +649,9 @@ def test_no_window_of_the_test_text_reaches_calibration_table_or_refit_and_kl_is
     monkeypatch.chdir(tmp_path)
     words = (*options(small, marked[0]), "--test", marked[1], "--refit", "--sparsity", 0.5)
     words += ("--seed", 3)
+    spied(monkeypatch, prune, "load_texts", texts := [])
     assert call(prune, *words, "--out", tmp_path / "out") == 0
+    assert texts[0][1][4] == 3  # the seed
     _, tokenizer = load_llama(small)
     place = {"Divergence": 1, "Pruner": 1, "read_curves": 1, "follow": 2}
     assert {name for name, _ in seen} == place.keys()
@@ -640,6 +663,8 @@ def test_no_window_of_the_test_text_reaches_calibration_table_or_refit_and_kl_is
         assert windows.numel() == (128 if name == "Divergence" else 4 * 64)
     record = json.loads((tmp_path / "out" / "strategy.json").read_text())
     assert record["measured_on"] == "test.txt" and record["tokens"] == 128
+    digest = script.sha256(marked[0])
+    assert record["calibration"] == {"text": "choose.txt", "tokens": 256, "sha256": digest}
     said = "calibrated on 256 tokens, measured on 128 of test.txt"
     assert said in capsys.readouterr().out
     dense, _ = load_llama(small)
@@ -661,6 +686,8 @@ def test_two_values_of_seed_and_metric_give_two_models_and_one_value_gives_one(
         asked = (*options(small, text), "--uniform", "--sparsity", 0.5, *words)
         assert call(prune, *asked, "--out", tmp_path / name) == 0
         digests[name] = (tmp_path / name / "model.safetensors").read_bytes()
+        record = json.loads((tmp_path / name / "strategy.json").read_text())
+        assert record["metric"] == ("magnitude" if name == "metric" else "wanda")
     assert digests["same"] == digests["again"] and len(set(digests.values())) == 3
 
 
@@ -678,9 +705,12 @@ def trained_for(small, path, seed=0, **about):
 
 
 @pytest.mark.slow
-def test_processes_of_torchrun_share_the_requests_and_write_what_one_writes(small, text, tmp_path):
-    asked = [*options(small, text), "--uniform", "--sparsity", 0.3, 0.4, 0.5]
-    asked += ["--max-size", 1, "--packed"]
+@pytest.mark.parametrize("refitted", ["--no-refit", "--refit"])
+def test_processes_of_torchrun_share_the_requests_and_write_what_one_writes(
+    small, text, tmp_path, refitted
+):
+    asked = [*options(small, text), "--uniform", "--sparsity", 0.3, 0.4, 0.5, refitted]
+    asked += ["--max-size", 1, "--packed"]  # that one alone cannot be met
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     starts = {"one": [sys.executable], "two": [*torchrun, "--nproc-per-node=2"]}
     written, tables = {}, {}
@@ -751,6 +781,17 @@ def test_the_stratnet_of_the_last_run_wins_over_the_one_beside_the_model(
     request = torch.tensor([[0.5, 0.5]])
     assert torch.equal(of_the_run.net(request), named.net(request))
     assert not torch.equal(of_the_run.net(request), beside.net(request))
+
+
+@pytest.mark.parametrize("flag", ["--calibration", "--tokens"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_fewer_than_one_window_or_token_is_one_line(small, text, tmp_path, capsys, flag, value):
+    words = (*options(small, text), "--uniform", "--sparsity", 0.5, flag, value)
+    assert call(prune, *words, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert (
+        error.strip() == f"prune.py: {flag} must be at least 1" and not (tmp_path / "out").exists()
+    )
 
 
 def test_what_cannot_be_done_is_refused_before_the_first_of_a_batch_is_written(
@@ -936,3 +977,60 @@ def test_a_wish_may_come_in_several_flags_and_a_second_test_text_is_refused(
     tests = ("--test", tmp_path / "a", "--test", tmp_path / "b")
     assert call(prune, *half, *tests) == 2
     assert "measures on one --test" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------- wishes for a model that is refitted
+def row_of(capsys, *words):
+    """The one row of a dry run."""
+    assert call(prune, *words, "--dry-run", "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    return row
+
+
+def test_a_refit_reaches_more_sparsity_within_the_same_kl(small, text, capsys):
+    asked = (*options(small, text), "--uniform", "--max-kl", 2)
+    pruned, refitted = (row_of(capsys, *asked, how) for how in ("--no-refit", "--refit"))
+    assert pruned["kl"] <= 2 and refitted["kl"] <= 2
+    assert refitted["sparsity"] > pruned["sparsity"]
+
+
+def test_a_preference_is_served_by_the_default_refit(small, text, tmp_path, capsys):
+    path = trained_for(small, tmp_path / "net.safetensors")
+    asked = [word for word in options(small, text) if word != "--no-refit"]
+    asked += ["--stratnet", path, "--preference", 0.5]
+    refitted, pruned = row_of(capsys, *asked), row_of(capsys, *asked, "--no-refit")
+    assert refitted["preference"] == "0.5" and refitted["sparsity"] > 0
+    assert abs(refitted["sparsity"] - pruned["sparsity"]) <= 1 / (3 * 64)
+    assert refitted["kl"] < pruned["kl"]
+
+
+def test_a_refit_of_several_requests_writes_for_each_what_it_writes_alone(small, text, tmp_path):
+    asked = (*options(small, text), "--uniform", "--refit", "--sparsity")
+    assert call(prune, *asked, 0.3, 0.5, "--out", tmp_path / "both") == 0
+    assert call(prune, *asked, 0.5, "--out", tmp_path / "alone") == 0
+    for name in ("model.safetensors", "strategy.json"):
+        both, alone = (tmp_path / folder / name for folder in ("both/0.5", "alone"))
+        assert both.read_bytes() == alone.read_bytes(), name
+
+
+def test_a_refit_calibrates_on_twice_the_windows_and_a_short_text_on_all_that_it_has(
+    small, text, tmp_path, capsys
+):
+    short = tmp_path / "short.txt"
+    short.write_text("alpha beta " * 500)
+    for data, how, windows in (
+        (text, "--refit", 64),
+        (text, "--no-refit", 32),
+        (short, "--refit", all_but_one(small, short)),
+    ):
+        words = ("--model", small, "--data", data, "--seqlen", 64, "--tokens", 64, *CPU)
+        assert call(prune, *words, "--uniform", "--sparsity", 0.5, "--dry-run", how) == 0
+        assert f"calibrated on {windows * 64} tokens" in capsys.readouterr().out
+
+
+def all_but_one(model, path):
+    """Windows of 64 that a text has to choose on, less the one that f2 keeps: fewer than 64."""
+    _, tokenizer = load_llama(model)
+    windows, _ = evaluation.load_texts(tokenizer, path, None, 64)
+    assert 2 < len(windows) < 64
+    return len(windows) - 1

@@ -17,11 +17,11 @@ import ranks
 import refit
 from conftest import CPU, ROOT, call, random_model, relative, write_small
 from eval import Divergence, draw, load_texts
-from llama import load_llama
+from llama import load_llama, save_llama, stored_dtypes
 from model import Block
 from offload import offload_blocks
 from patterns import pattern_masks
-from ranks import Pruner, keep_mask
+from ranks import Pruner, Survivors, keep_mask
 
 
 def problem(rows=5, columns=12, tokens=200, seed=0):
@@ -217,7 +217,7 @@ def test_a_block_is_its_four_steps_and_each_yields_the_input_of_its_linears():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "biases"])
-@pytest.mark.parametrize("pattern", [False, True])
+@pytest.mark.parametrize("pattern", [None, (2, 4), (4, 8)])
 def test_on_its_own_windows_a_refit_lowers_kl_and_keeps_masks_and_counts(tmp_path, family, pattern):
     more = {
         "llama": {},
@@ -228,7 +228,7 @@ def test_on_its_own_windows_a_refit_lowers_kl_and_keeps_masks_and_counts(tmp_pat
     windows = torch.randint(3, 4096, (16, 64), generator=torch.Generator().manual_seed(1))
     divergence, pruner = Divergence(model, windows), Pruner(model, windows)
     strategy = [0.5, 0.4, 0.5]
-    masks = pattern_masks(pruner, strategy, 2, 4) if pattern else pruner.masks(strategy)
+    masks = pattern_masks(pruner, strategy, *pattern) if pattern else pruner.masks(strategy)
     pruner.apply_masks(masks)
     before = divergence()
     values = refit.follow(pruner, masks, windows)
@@ -241,6 +241,40 @@ def test_on_its_own_windows_a_refit_lowers_kl_and_keeps_masks_and_counts(tmp_pat
         assert name in masks or torch.equal(live[name], W)
     pruner.restore()
     assert divergence() == 0
+
+
+@pytest.mark.parametrize("family", ["qwen2", "biases"])
+def test_where_nothing_goes_a_refit_gives_every_matrix_back_biases_or_not(tmp_path, family):
+    more = {
+        "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},  # biases of q, k and v
+        "biases": {"attention_bias": True, "mlp_bias": True},
+    }
+    model, _ = load_llama(write_small(tmp_path / "model", **more[family]))
+    biases = [p for name, p in model.named_parameters() if name.endswith("_proj.bias")]
+    assert len(biases) == {"qwen2": 3 * 3, "biases": 3 * 7}[family]
+    assert all(bias.abs().mean() > 0.5 for bias in biases)
+    windows = torch.randint(3, 4096, (8, 64), generator=torch.Generator().manual_seed(1))
+    pruner = Pruner(model, windows)
+    keep_all = pruner.masks([0.0] * 3)
+    values = refit.follow(pruner, keep_all, windows, lead=1.0)
+    for names, block in zip(pruner.names, pruner.dense):
+        for name, W in zip(names, block):
+            assert relative(values[name], W) < 1e-4, name  # float32
+
+
+def test_transformers_computes_from_a_refitted_folder_what_the_refitted_model_did(tmp_path, tokens):
+    transformers = pytest.importorskip("transformers")
+    source, out = write_small(tmp_path / "source", dtype=torch.bfloat16), tmp_path / "out"
+    model, _ = load_llama(source)  # in float32: values are rounded to bfloat16 before they are used
+    pruner = Pruner(model, tokens)
+    wishes = pruner.masks([0.3, 0.5, 0.6]).counts()
+    values = refit.follow(pruner, wishes, tokens, stored_dtypes(source))
+    save_llama(model, out, source, Survivors(values), values=values)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        assert relative(model(tokens), logits) < 1e-4  # float32
+        assert relative(load_llama(out)[0](tokens), logits) < 1e-4
 
 
 def test_offloaded_blocks_are_refitted_bit_for_bit_like_resident_ones(small):

@@ -196,6 +196,11 @@ def test_a_wish_for_a_kl_asks_for_no_more_sparsity_than_a_strategy_may_have(limi
         assert limit - request.STEP < s <= limit and max(asked) <= request.MAX
 
 
+def test_a_kl_that_no_model_reaches_is_refused_with_the_range():
+    refuses(parse_request, {"max_kl": "2e9"}, match=r"2e9 is outside 0 to 1e\+09")
+    assert parse_request({"max_kl": "1e9"})["value"] == 1e9
+
+
 def test_a_file_of_requests_may_open_with_a_byte_order_mark_and_end_its_lines_as_windows_does(
     tmp_path,
 ):

@@ -4,6 +4,7 @@ What every command shares: errors in one line, files complete or absent, the sam
 Run       pytest test_script.py        (each tolerance has its dtype beside it)
 """
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,17 @@ from checks import fuzz
 from conftest import ROOT, call, place_all, refuses, run_script, write_small
 from llama import Tokenizer
 from script import Journal, new_folder, replacing, strict, write_json, write_text
+
+
+def test_the_hash_of_a_large_file_is_right_and_takes_little_memory(tmp_path):
+    path = tmp_path / "weights"
+    raw = b"some weights" + bytes(2**25)  # 32 MB
+    path.write_bytes(raw)
+    tracemalloc.start()
+    digest = script.sha256(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert digest == hashlib.sha256(raw).hexdigest() and peak < 2**22
 
 
 def test_json_holds_neither_nan_nor_infinity(tmp_path):

@@ -35,14 +35,14 @@ from unicuco import SearchSettings, one_thread, search, strategy_for
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def few_steps(measure, blocks, settings, *more):
+    """Algorithm 1 with a few steps of training."""
+    settings = dataclasses.replace(settings, steps=5, final_steps=5)
+    return search(measure, blocks, settings, *more)
+
+
 @pytest.fixture
 def short(monkeypatch):
-    """Algorithm 1 with a few steps of training."""
-
-    def few_steps(measure, blocks, settings, *more):
-        settings = dataclasses.replace(settings, steps=5, final_steps=5)
-        return search(measure, blocks, settings, *more)
-
     monkeypatch.setattr(train, "search", few_steps)
 
 
@@ -156,6 +156,7 @@ def test_the_table_holds_both_methods_at_equal_counts_and_names_where_stratnet_w
     windows = torch.randint(3, 512, (12, 64), generator=torch.Generator().manual_seed(1))
     pruner = Pruner(random_model(), windows)
     net = random_net(3, 2.0)
+    pruner.apply([0.6] * 3)  # as the search leaves it
     rows = train.table(net, pruner, {"text": windows[:4]}, (0.3, 0.6))
     divergence = evaluation.Divergence(pruner.model, windows[:4])
     assert divergence.measure()[0] == 0  # the model is left dense
@@ -211,12 +212,16 @@ def test_a_model_that_pruning_cannot_change_ends_with_a_table_of_zeros(
 def test_train_without_rounds_writes_a_stratnet_for_the_depth_of_its_model(
     small, text, tmp_path, capsys, short
 ):
-    assert call(train, *run_words(small, text, tmp_path, 3, 0)) == 0
+    words = run_words(small, text, tmp_path, 3, 0)
+    assert call(train, *words, "--metric", "magnitude") == 0
     printed = capsys.readouterr().out
     assert "last round" not in printed and "StratNet's KL is below uniform's at" in printed
     made = unicuco.load_stratnet(tmp_path / "stratnet.safetensors", 3)
     assert made.X.shape == (3, 21) and made.y.shape == (3,) and math.isfinite(made.scale.hi)
     assert made.about["evaluations"] == 3 and made.about["seed"] == 0
+    # what prune.py compares before it uses a StratNet
+    assert made.about["weights"] == [script.sha256(small / "model.safetensors")]
+    assert made.about["metric"] == "magnitude" and made.about["granularity"] == "matrix"
     with pytest.raises(Refused, match="is a StratNet for 3 blocks, the model has 12"):
         unicuco.load_stratnet(tmp_path / "stratnet.safetensors", 12)
 
@@ -433,9 +438,12 @@ def test_no_window_of_the_test_text_reaches_calibration_table_or_search(
     for name in ("Pruner", "damage_table", "F2", "Divergence"):
         spied(monkeypatch, train, name, seen)
     words = run_words(small, tmp_path / "choose.txt", tmp_path / "out", 3, 1)
+    words += ("--tokens", 128, "--test", tmp_path / "test.txt", "--seed", 3)
     spied(monkeypatch, train, "prior_of", how := [])
-    assert call(train, *words, "--test", tmp_path / "test.txt", "--seed", 3) == 0
+    spied(monkeypatch, train, "search", searches := [])
+    assert call(train, *words) == 0
     assert how[0][1][2:] == ("curvature", "matrix", 3)
+    assert searches[0][1][3] == 3  # the seed
     _, tokenizer = llama.load_llama(small)
     assert [name for name, _ in seen] == ["Pruner", "damage_table", "F2", "Divergence"]
     windows = {name: arguments[1] for name, arguments in seen}
@@ -444,21 +452,39 @@ def test_no_window_of_the_test_text_reaches_calibration_table_or_search(
         chosen_on, tested_on = {"alpha", "beta"} & said, {"omega", "psi"} & said
         assert bool(tested_on) == (name == "Divergence") != bool(chosen_on), name
     assert torch.equal(windows["Pruner"], windows["damage_table"])
-    assert "calibration 128 tokens, f2 64 tokens" in capsys.readouterr().out
-    assert windows["Pruner"].shape == (2, 64) and windows["F2"].shape == (1, 64)
+    assert "calibration 128 tokens, f2 128 tokens" in capsys.readouterr().out
+    assert windows["Pruner"].shape == (2, 64) and windows["F2"].shape == (2, 64)
     rows = {tuple(w.tolist()) for w in windows["Pruner"]}
-    assert tuple(windows["F2"][0].tolist()) not in rows or len(rows) == 1
+    assert all(tuple(w.tolist()) not in rows for w in windows["F2"]) or len(rows) == 1
+
+
+def log_of(small, text, out, *words):
+    """What a short search measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "search", few_steps)
+        assert call(train, *run_words(small, text, out, 3, 1), *words) == 0
+    return json.loads((out / "measured.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def usual(small, text, tmp_path_factory):
+    return log_of(small, text, tmp_path_factory.mktemp("usual"))
 
 
 @pytest.mark.parametrize(
-    "words", [("--seed", 1), ("--mean", "blocks"), ("--metric", "magnitude"), ("--rounds", 0)]
+    "flag,value",
+    [
+        *(("--seed", 1), ("--mean", "blocks"), ("--granularity", "block")),
+        *(("--metric", "magnitude"), ("--initial", 4), ("--rounds", 0), ("--batch", 3)),
+        *(("--calibration", 3), ("--tokens", 128)),
+    ],
 )
-def test_another_value_of_a_flag_gives_another_search(small, text, tmp_path, short, words):
-    logs = []
-    for name, more in (("one", ()), ("other", words), ("same", ())):
-        assert call(train, *run_words(small, text, tmp_path / name, 3, 1), *more) == 0
-        logs.append(json.loads((tmp_path / name / "measured.json").read_text()))
-    assert logs[0] == logs[2] != logs[1]
+def test_another_value_of_a_flag_gives_another_search(small, text, tmp_path, usual, flag, value):
+    assert log_of(small, text, tmp_path, flag, value) != usual
+
+
+def test_the_same_flags_give_the_same_search(small, text, tmp_path, usual):
+    assert log_of(small, text, tmp_path) == usual
 
 
 def test_the_last_stratnet_is_trained_on_the_mean_alone_and_the_ones_before_on_the_bound(
@@ -487,7 +513,7 @@ def test_a_second_run_into_one_folder_is_refused_while_the_first_goes_on(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_resuming_with_another_text_split_or_configuration_is_refused(
+def test_resuming_with_another_text_split_tokenizer_or_configuration_is_refused(
     text, tmp_path, capsys, short
 ):
     model = write_small(tmp_path / "model")
@@ -496,6 +522,12 @@ def test_resuming_with_another_text_split_or_configuration_is_refused(
     (tmp_path / "test.txt").write_text("omega psi " * 3000)
     assert call(train, *words, "--test", tmp_path / "test.txt") == 2  # --data is split no more
     assert "another windows" in capsys.readouterr().err
+    own = (model / "tokenizer_config.json").read_text()
+    changed = json.dumps(json.loads(own) | {"add_bos_token": False})
+    (model / "tokenizer_config.json").write_text(changed)
+    assert call(train, *words) == 2
+    assert "another windows" in capsys.readouterr().err
+    (model / "tokenizer_config.json").write_text(own)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
     assert call(train, *words) == 2
