@@ -1017,7 +1017,7 @@ def test_a_refit_calibrates_on_twice_the_windows_and_a_short_text_on_all_that_it
     small, text, tmp_path, capsys
 ):
     short = tmp_path / "short.txt"
-    short.write_text("alpha beta " * 500)
+    short.write_text(" ".join(map(str, range(700))))
     for data, how, windows in (
         (text, "--refit", 64),
         (text, "--no-refit", 32),
