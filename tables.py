@@ -620,6 +620,47 @@ def compare_large_says():
     return bullets(says("tiny-large"))
 
 
+BUDGETS = ("smollm2-opponents", "smollm2-blocks", "smollm2-matrices")  # of one seed, same tokens
+
+
+def budgets():
+    """Rows of `requests_table` of all BUDGETS, uniform left out: each is the unit of its own."""
+    return [r for name in BUDGETS for r in requests_of(name) if r["method"] != "uniform"]
+
+
+def smollm2_budgets():
+    """KL over uniform's at every budget of EvoPress, and what 64 requests cost."""
+    table = budgets()
+    columns = sorted({(t, s) for r in table for t, at in r["at"].items() for s in at})
+    lines = []
+    for r in table:
+        cells = (f"{r['at'][t][s]:.3f}" if s in r["at"][t] else "-" for t, s in columns)
+        lines.append([named(r["method"]), f"{r['evaluations']:.0f}", *cells])
+    head = [f"{TEXTS[t]} at {s:g}" for t, s in columns]
+    return markdown(["KL over uniform's", "evaluations for 64 requests", *head], lines)
+
+
+def smollm2_budgets_says():
+    """Which budget of each form of EvoPress reaches UniCuCo, at each sparsity, over both texts."""
+    sentences = []
+    for ours, theirs in report.opponents(budgets()):
+        form = theirs[0]["method"].split(",")[0]
+        for s in sorted(next(iter(theirs[-1]["at"].values()))):
+            sentences.append(f"{form} at {s:g}: {reached(ours, theirs, s)}")
+    return bullets(sentences)
+
+
+def reached(ours, theirs, sparsity):
+    """The least budget of `theirs`, rows from the smallest on, whose KL is not above `ours`."""
+    mean = lambda r: statistics.geometric_mean(at[sparsity] for at in r["at"].values())
+    enough = [r for r in theirs if mean(r) <= mean(ours)]
+    r = enough[0] if enough else theirs[-1]
+    times = r["evaluations"] / ours["evaluations"]
+    spent = f"{r['evaluations'] / 64:.0f} evaluations a request have {mean(r):.3f}"
+    verdict = "the least to reach" if enough else "not yet"
+    return f"{spent}, {verdict} UniCuCo's {mean(ours):.3f}, at {times:.0f} times its evaluations."
+
+
 def compare_tiny():
     return requests_block("tiny")
 
