@@ -416,18 +416,39 @@ def refitted_opponents():
     return refitted_block(comparison("smollm2-opponents")[1])
 
 
-def refitted_opponents_says():
+def refitted_says(rows):
     """Each method's refitted KL over refitted uniform's, one mean over texts and sparsities."""
-    ratios, asked = {}, set()
-    for mine in grouped(comparison("smollm2-opponents")[1], "text").values():
-        for r in report.refitted_table(mine):
-            ratios.setdefault(r["method"], []).extend(r["ratio"])
-            asked.add(r["sparsity"])
-    del ratios["uniform"]
+    table = report.refitted_table(rows)
+    ratios = {
+        method: sum([r["ratio"] for r in mine], [])
+        for method, mine in grouped(table, "method").items()
+    }
     means = {method: statistics.geometric_mean(of) for method, of in ratios.items()}
+    del means["uniform"]
     said = ", ".join(f"{method} {means[method]:.3f}" for method in sorted(means, key=means.get))
-    at = joined(sorted(asked))
-    return f"KL over refitted uniform's, geometric mean of both texts at {at}: {said}."
+    at = joined(sorted({r["sparsity"] for r in table}))
+    several = " of both texts" if len(grouped(rows, "text")) > 1 else ""
+    return f"KL over refitted uniform's, geometric mean{several} at {at}: {said}."
+
+
+def refitted_tiny_says():
+    return refitted_says(comparison("tiny-refitted")[1])
+
+
+def refitted_opponents_says():
+    return refitted_says(comparison("smollm2-opponents")[1])
+
+
+def rivals_tiny_says():
+    """KL over uniform's of the methods that serve all requests with one look, nothing refitted."""
+    rows = [r for r in requests_of("tiny-refitted") if r["evaluations"] <= 200]
+    means = {r["method"]: statistics.geometric_mean(r["ratio"].values()) for r in rows}
+    del means["uniform"]
+    spent = {r["method"]: f"{r['evaluations']:.0f}" for r in rows}
+    said = (f"{m} {means[m]:.3f} ({spent[m]})" for m in sorted(means, key=means.get))
+    return (
+        f"KL over uniform's, mean of 0.3 to 0.7 (evaluations for all requests): {', '.join(said)}."
+    )
 
 
 def coverage():
@@ -856,8 +877,12 @@ BLOCKS = {
         sizes,
         refitted_tiny,
         refitted_smollm2,
+        refitted_tiny_says,
+        rivals_tiny_says,
         refitted_opponents,
         refitted_opponents_says,
+        smollm2_budgets,
+        smollm2_budgets_says,
         compare_present,
         compare_present_says,
         compare_large,
