@@ -80,15 +80,21 @@ def read_rows(path, fields):
     return rows
 
 
-def read_table(path):
-    """The table of requests of a file of compare.py, and how many they are."""
-    inputs, rows = read_comparison(path)
+def read_table(*paths):
+    """The table of requests of files of compare.py, at the sparsities that all of them served, and
+    how many they are; uniform is the first one's.
+    """
+    inputs, rows = read_comparison(paths[0])
     try:
+        for path in paths[1:]:
+            more, theirs = read_comparison(path)
+            rows = rows + [r for r in theirs if r["method"] != "uniform"]
+            inputs["served"] = [s for s in inputs["served"] if s in more["served"]]
         table = requests_table(rows, inputs)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         table = []
     if not table:
-        raise Refused(f"{path} holds no rows of compare.py: python compare.py writes them")
+        raise Refused(f"{paths[-1]} holds no rows of compare.py: python compare.py writes them")
     return table, inputs["requests"]
 
 
@@ -276,8 +282,9 @@ def arguments():
     parser.add_argument(
         "--tables", action="store_true", help="the tables of README.md and RESULTS.md"
     )
-    comparison = "of compare.py: draw its figure of evaluations alone"
-    parser.add_argument("--comparison", type=Path, metavar="FILE", help=comparison)
+    comparison = "of compare.py, one or several of the same seeds: draw their figure of evaluations"
+    some = {"nargs": "+", "metavar": "FILE", "help": comparison}
+    parser.add_argument("--comparison", type=Path, **some)
     parser.add_argument("--sizes", action="store_true", help="the gain against model size, alone")
     again = "measure a cheap row of every results file again; those of SmolLM2-135M need"
     parser.add_argument("--check", action="store_true", help=f"{again} --model, --data, --test")
@@ -300,8 +307,8 @@ def main():
         made, figures = tables.gains(), {"sizes": sizes}
         out = args.out or tables.RESULTS / "figures"
     elif args.comparison:
-        made, figures = read_table(args.comparison), {"evaluations": evaluations}
-        out = args.out or args.comparison.parent / "figures"
+        made, figures = read_table(*args.comparison), {"evaluations": evaluations}
+        out = args.out or args.comparison[0].parent / "figures"
     else:
         made = Made.read(args.run)
         figures = {"strategies": strategies, "front": front}

@@ -160,6 +160,19 @@ def test_the_figure_of_evaluations_has_every_method_at_what_it_spent_and_reached
     assert len(panels) == len(table["uniform"]["ratio"]) == 2
 
 
+def test_several_comparisons_share_a_figure_where_all_of_them_served():
+    names = ("opponents", "blocks", "matrices")
+    paths = [ROOT / "results" / f"compare-smollm2-{name}.json" for name in names]
+    table, _ = plot.read_table(*paths)
+    alone = [r for path in paths for r in plot.read_table(path)[0]]
+    assert {r["method"] for r in table} == {r["method"] for r in alone}
+    assert [r["method"] for r in table].count("uniform") == 1
+    for r in table:  # the blocks served 0.5 alone
+        (mine,) = [a for a in alone[1:] if a["method"] == r["method"] != "uniform"] or [r]
+        for text, ratio in r["ratio"].items():
+            assert ratio == pytest.approx(mine["at"][text][0.5], rel=2e-3)  # bfloat16, float32
+
+
 def test_the_figure_of_evaluations_is_written_alone_and_the_same_bytes_twice(tmp_path):
     pytest.importorskip("matplotlib")
     path = ROOT / "results" / "compare-tiny.json"
