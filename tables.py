@@ -633,6 +633,10 @@ def compare_present_says():
     return bullets(says("tiny-refitted"))
 
 
+def compare_present_at():
+    return at_block("tiny-refitted")
+
+
 def compare_large():
     return requests_block("tiny-large")
 
@@ -885,6 +889,7 @@ BLOCKS = {
         smollm2_budgets_says,
         compare_present,
         compare_present_says,
+        compare_present_at,
         compare_large,
         compare_large_says,
         coverage,
