@@ -435,6 +435,10 @@ def refitted_tiny_says():
     return refitted_says(comparison("tiny-refitted")[1])
 
 
+def refitted_strong():
+    return refitted_block(comparison("smollm2-strong")[1])
+
+
 def refitted_opponents_says():
     return refitted_says(comparison("smollm2-opponents")[1])
 
@@ -828,7 +832,15 @@ def sequential():
 
 
 def stages():
-    rows = read_json(results("stages-smollm2.json"))["rows"]
+    return stages_block("smollm2")
+
+
+def stages_tiny():
+    return stages_block("tiny")
+
+
+def stages_block(name):
+    rows = read_json(results(f"stages-{name}.json"))["rows"]
     lines = [[r["stage"], f"{r['ratio']:.2f}", r["against"], r["bar"]] for r in rows]
     return markdown(["stage", "ratio", "against", "bar"], lines)
 
@@ -885,6 +897,7 @@ BLOCKS = {
         rivals_tiny_says,
         refitted_opponents,
         refitted_opponents_says,
+        refitted_strong,
         smollm2_budgets,
         smollm2_budgets_says,
         compare_present,
@@ -913,6 +926,7 @@ BLOCKS = {
         long_smollm2_says,
         sequential,
         stages,
+        stages_tiny,
         slopes,
         counted,
     )
