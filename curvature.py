@@ -42,6 +42,13 @@ def dropped_sums(G, W, ranks):
     return sums.double().cumsum(1)
 
 
+def damages(sums, tokens):
+    """c_m of one window at every level, (LEVELS,) nats per token, of s_mi (d_out, LEVELS) and its
+    tokens: (4).
+    """
+    return (sums**2).sum(0) / (2 * tokens)
+
+
 def output_gradient(model, h, generator):
     """d sum_t log p(y_t) / d h of final states h (1, T, D), y_t drawn from the model's own
     distribution at each position.
@@ -88,8 +95,8 @@ def add_pass(pruner, window, generator, table):
         damage = []
         for W, g, ranks in zip(pruner.dense[i], G, pruner.ranks[i]):
             sums = dropped_sums(g, W.to(g.device), ranks.to(g.device))
-            damage.append((sums**2).sum(0))
-        table[i] += torch.stack(damage).cpu() / (2 * len(window))
+            damage.append(damages(sums, len(window)))
+        table[i] += torch.stack(damage).cpu()
 
 
 def pieces_of(windows, generator, passes=PASSES, tokens=PASS_TOKENS):

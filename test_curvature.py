@@ -24,7 +24,10 @@ def test_dropped_sums_on_a_matrix_worked_by_hand(monkeypatch):
     W = torch.tensor([[4.0, -1.0, 2.0], [2.0, 3.0, 1.0]])
     ranks = torch.tensor([[2, 0, 1], [0, 2, 1]], dtype=torch.int16)
     # row 0 loses -1 * 2, then 2 * 3, then 4 * 1; row 1 loses 2 * 0.5, then 1 * 2, then 3 * -1
-    assert curvature.dropped_sums(G, W, ranks).tolist() == [[-2, 4, 8], [1, 3, 0]]
+    sums = curvature.dropped_sums(G, W, ranks)
+    assert sums.tolist() == [[-2, 4, 8], [1, 3, 0]]
+    # c_m of 5 tokens: (4 + 1) / 10, (16 + 9) / 10, (64 + 0) / 10
+    assert curvature.damages(sums, 5).tolist() == [0.5, 2.5, 6.4]
 
 
 def test_the_table_equals_autograd_on_the_whole_model_with_masks_applied_one_by_one():

@@ -509,6 +509,14 @@ def stratnet_changes():
     yield from ((net, [1]), (net, {"lo": 1.0}), (net, fuzz.DEEP))
 
 
+def test_a_stratnet_of_an_earlier_version_is_refused_by_name(tmp_path):
+    net = dict(StratNet(3).state_dict())
+    earlier = {"X": torch.rand(4, 3).double() * 0.9, "y": torch.rand(4).double()}
+    about = json.dumps({"lo": -5.0, "hi": 1.0, "mean": "blocks"})
+    save_file(net | earlier, tmp_path / "stratnet.safetensors", {"about": about})
+    refuses(load_stratnet, tmp_path / "stratnet.safetensors", 3, match="earlier version")
+
+
 def test_a_stratnet_that_does_not_fit_together_is_refused_and_nothing_is_allocated_for_its_claims(
     tmp_path,
 ):

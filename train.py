@@ -5,7 +5,7 @@ Source    UniCuCo (arXiv 2505.12216), on the batched loop of PSL-MOBO (arXiv 221
 Reading   8 of 9. Before: prune.py. Next: compare.py, or stop: this is the end of the core.
 Shapes    n strategies measured, d blocks.
 
-Laptop    python train.py                     (50 to 80 s; ends with where StratNet wins)
+Laptop    python train.py                     (45 to 80 s; ends with where StratNet wins)
 Full      torchrun --nproc-per-node=8 train.py --model ~/Llama-2-7b-hf --data c4.jsonl \\
               --test wiki.test.raw --tokens 16384
 """
