@@ -196,7 +196,7 @@ def spending(run):
 
 
 def timed(run, find, sparsity):
-    """find(sparsity) -> strategy (d,): the strategy, its seconds with pruning, its evaluations."""
+    """find(sparsity) -> strategy (D,): the strategy, its seconds with pruning, its evaluations."""
     with spending(run) as cost:
         strategy = find(sparsity)
         run.pruner.apply(strategy)

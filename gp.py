@@ -5,8 +5,8 @@ damage".
 Source    UniCuCo (arXiv 2505.12216) learns the divergence f2 this way; algebra as in Rasmussen &
           Williams 2006, Algorithm 2.1 and eq. 5.9. The prior mean `blocks` is this project's own.
 Reading   1 of 9. Next: unicuco.py. Imports nothing from this folder.
-Shapes    n strategies already measured, m strategies asked about, d blocks. All tensors float64, on
-          the CPU.
+Shapes    n strategies already measured, m strategies asked about, d sparsities of each: of all
+          blocks, or of all matrices. All tensors float64, on the CPU.
 Not here  sparse or multi-output GPs: n stays in the hundreds, so one Cholesky factor is enough.
 
 The model  y = log f2 (nats);  y(x) = mean(x) + g(x) + noise,  g ~ GP(0, s^2 phi(r)),

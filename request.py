@@ -3,7 +3,7 @@ Requests in the user's own terms: a sparsity, a preference, a largest KL or a la
 strategy that meets each.
 
 Reading   beside prune.py, whose command line serves these; can be skipped at first.
-Shapes    a strategy is (d,), the sparsity of each block.
+Shapes    a strategy is (D,), the sparsity of each matrix, D = 7 d, or of each of d blocks.
 """
 
 import json
@@ -118,7 +118,7 @@ class Unreachable(Refused):
 class Surrogate:
     """What a request is answered from.
 
-    curve     sparsity -> strategy (d,);  net: StratNet, or None for uniform;  gp: its surrogate, or
+    curve     sparsity -> strategy (D,);  net: StratNet, or None for uniform;  gp: its surrogate, or
               None
     measure   strategy -> measured KL;  size: strategy -> packed bytes
     """
@@ -137,7 +137,7 @@ class Surrogate:
 
 
 def strategy_of(request, surrogate):
-    """The strategy (d,) that meets a request, or Unreachable."""
+    """The strategy (D,) that meets a request, or Unreachable."""
     answers = {"preference": by_preference, "max_size": by_size, "max_kl": by_divergence}
     if request["kind"] == "sparsity":
         return surrogate.curve(request["value"])
