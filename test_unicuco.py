@@ -692,3 +692,13 @@ def test_a_stratnet_file_that_would_take_minutes_or_compute_nan_is_refused_at_on
     save_stratnet(path, made)
     reason = "do not fit together" if change == "rows" else "NaN or infinity"
     refuses(load_stratnet, path, 3, match=reason)
+
+
+def test_the_curves_of_the_embedded_model_rise_everywhere_also_as_corrected_by_its_measurements():
+    made = load_stratnet(ROOT / "tiny" / "stratnet.safetensors", 12)
+    generator = torch.Generator().manual_seed(0)
+    x = unicuco.MAX * torch.rand(500, 84, generator=generator, dtype=torch.float64)
+    gp = unicuco.surrogate(made.layout, tuple(made.curves))
+    assert (gp.mean.gradient(x) > 0).all()  # as read from the dense model
+    gp.fit(made.X, made.y)
+    assert (gp.mean.gradient(x) > 0).all()
