@@ -979,7 +979,7 @@ def test_a_wish_may_come_in_several_flags_and_a_second_test_text_is_refused(
     assert "measures on one --test" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------- wishes for a model that is refitted
+# -------------------------------------------------------------- wishes for a model that is refitted
 def row_of(capsys, *words):
     """The one row of a dry run."""
     assert call(prune, *words, "--dry-run", "--json") == 0
