@@ -51,6 +51,7 @@ from report import (
     ENDS,
     METHODS,
     QUICK,
+    family,
     perplexities,
     read_comparison,
     requests_asked,
@@ -540,13 +541,8 @@ SPARSEGPT = ("SparseGPT, Wanda's masks", "SparseGPT, its masks")
 
 def without_smaller(answers):
     """The answers but those of EvoPress's smaller budgets, which come before its largest."""
-    last = {family(a): a["method"] for a in answers}
-    return [a for a in answers if a["method"] == last[family(a)]]
-
-
-def family(answer):
-    """The method without the budget of each request."""
-    return answer["method"].split(",")[0] if " each" in answer["method"] else answer["method"]
+    last = {family(a["method"]): a["method"] for a in answers}
+    return [a for a in answers if a["method"] == last[family(a["method"])]]
 
 
 def found_before(args):
@@ -558,7 +554,7 @@ def found_before(args):
     for path in args.refit_also:
         rows = read_comparison(path)[1]
         rows = [r for r in rows if r["table"] == "requests" and r["seed"] == args.seed]
-        rows = [r for r in rows if r["text"] == rows[0]["text"] and family(r) not in here]
+        rows = [r for r in rows if r["text"] == rows[0]["text"] and family(r["method"]) not in here]
         answers += [{key: r[key] for key in ANSWER} for r in rows]
     return without_smaller(answers)
 

@@ -21,7 +21,7 @@ import torch
 
 import tables
 from model import LINEARS
-from report import METHODS, grouped, read_comparison, requests_table
+from report import METHODS, family, grouped, read_comparison, requests_table
 from script import Parser, Refused, replacing, run
 from tables import TEXTS
 from unicuco import MAX, Trained, load_stratnet, strategy_for
@@ -221,11 +221,6 @@ def sizes(figure, made):
     axes.set(ylim=(0, 1.1), xlim=(weights[0] / 2, weights[-1] * 2))
     axes.set_title("The gain over uniform pruning, by size of the model", loc="left")
     axes.legend(frameon=False, loc="lower right")
-
-
-def family(method):
-    """The method without its budget: "EvoPress" of "EvoPress, 104 each"."""
-    return method.split(",")[0] if method.endswith(" each") else method
 
 
 def draw_method(axes, method, rows, text, none):

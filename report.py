@@ -59,6 +59,11 @@ def requests_asked(count):
 
 
 # ---------------------------------------------------------------------------------------- tables
+def family(method):
+    """The method without its budget: "EvoPress" of "EvoPress, 104 each"."""
+    return method.split(",")[0] if method.endswith(" each") else method
+
+
 def grouped(rows, *keys):
     """{value of the keys: rows that have it}, in the order of the rows; several keys: a tuple."""
     groups = {}
@@ -337,10 +342,10 @@ def show_speed(ours, theirs, requests):
                 f" {quality:.3f}): {r['seconds'] / ours['seconds']:.1f} times faster."
             )
             return
-    name, budget = best["method"].removesuffix(" each").split(", ")
+    budget = best["method"].removesuffix(" each").split(", ")[1]
     print(
-        f"At equal quality: no budget of {name} up to {budget} reaches UniCuCo's KL ratio of"
-        f" {quality:.3f} (its best: {min(qualities):.3f}), so more than {factor:.0f} times faster."
+        f"At equal quality: no budget of {family(best['method'])} up to {budget} reaches"
+        f" UniCuCo's KL ratio of {quality:.3f} (its best: {min(qualities):.3f}), so more than {factor:.0f} times faster."
     )
 
 

@@ -673,7 +673,7 @@ def smollm2_budgets_says():
     """Which budget of each form of EvoPress reaches UniCuCo, at each sparsity, over both texts."""
     sentences = []
     for ours, theirs in report.opponents(budgets()):
-        form = theirs[0]["method"].split(",")[0]
+        form = report.family(theirs[0]["method"])
         for s in sorted(next(iter(theirs[-1]["at"].values()))):
             sentences.append(f"{form} at {s:g}: {reached(ours, theirs, s)}")
     return bullets(sentences)
@@ -685,7 +685,8 @@ def reached(ours, theirs, sparsity):
     enough = [r for r in theirs if mean(r) <= mean(ours)]
     r = enough[0] if enough else theirs[-1]
     times = r["evaluations"] / ours["evaluations"]
-    spent = f"{r['evaluations'] / 64:.0f} evaluations a request have {mean(r):.3f}"
+    requests = comparison(BUDGETS[0])[0]["requests"]
+    spent = f"{r['evaluations'] / requests:.0f} evaluations a request have {mean(r):.3f}"
     verdict = "the least to reach" if enough else "not yet"
     return f"{spent}, {verdict} UniCuCo's {mean(ours):.3f}, at {times:.0f} times its evaluations."
 

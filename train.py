@@ -259,9 +259,10 @@ def clear(out, first, resume):
     """Remove what an earlier run made, unless it is resumed, before anybody measures; and what a
     killed run left half written.
     """
-    for pattern in (".*.partial*", *(() if resume else MADE)) if first else ():
-        for path in filter(Path.is_file, out.glob(pattern)):
-            path.unlink()
+    if first:
+        for pattern in (".*.partial*", *(() if resume else MADE)):
+            for path in filter(Path.is_file, out.glob(pattern)):
+                path.unlink()
     meet()
 
 
