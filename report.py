@@ -345,7 +345,8 @@ def show_speed(ours, theirs, requests):
     budget = best["method"].removesuffix(" each").split(", ")[1]
     print(
         f"At equal quality: no budget of {family(best['method'])} up to {budget} reaches"
-        f" UniCuCo's KL ratio of {quality:.3f} (its best: {min(qualities):.3f}), so more than {factor:.0f} times faster."
+        f" UniCuCo's KL ratio of {quality:.3f} (its best: {min(qualities):.3f}), so more than"
+        f" {factor:.0f} times faster."
     )
 
 
