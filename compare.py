@@ -74,7 +74,7 @@ from script import (
     provenance,
     run,
 )
-from train import digest_of, first_tokens, prior_of
+from train import FLAT, ROUNDS, digest_of, first_tokens, prior_of
 from unicuco import (
     KL_CEILING,
     KL_FLOOR,
@@ -332,7 +332,7 @@ def by_unicuco(run, method, mean):
     """Algorithm 1 once, then StratNet for every request."""
     args = run.args
     # with the steps and what is kept, so that an earlier version's answers are not taken for these
-    key = f"{args.seed} {method}, {args.initial} and {args.rounds} rounds of"
+    key = f"{args.seed} {method}, {args.initial} and up to {args.rounds} rounds of"
     key += f" {SearchSettings.steps} steps, with a factor"
     made = run.journal(key, partial(learned, run, mean))
     return [
@@ -367,7 +367,7 @@ def foreseen(found, made):
 def learned(run, mean):
     """Seconds and evaluations of Algorithm 1, and {sparsity: as `timed`} of its StratNet."""
     args, windows = run.args, run.setting.calibration
-    settings = SearchSettings(initial=args.initial, rounds=args.rounds, mean=mean)
+    settings = SearchSettings(initial=args.initial, rounds=args.rounds, mean=mean, flat=FLAT)
     granularity = "matrix" if mean == "curvature" else "block"
     with spending(run) as cost:
         layout, curves = prior_of(run.pruner, windows, mean, granularity, args.seed)
@@ -777,7 +777,8 @@ def add_searches(parser):
     parser.add_argument("--budget", **number, default=20, help=budget)
     initial = "strategies that UniCuCo measures first"
     parser.add_argument("--initial", **number, default=40, help=initial)
-    parser.add_argument("--rounds", **number, default=4, help="its rounds of 4 more")
+    rounds = "its rounds of 4 more, at most: fewer where KL no longer falls"
+    parser.add_argument("--rounds", **number, default=ROUNDS, help=rounds)
 
 
 def describe(args, device):

@@ -231,6 +231,7 @@ class Service:
         self.model, self.calibration = setting.model, setting.calibration
         blocks = len(self.model.blocks)
         self.trained, self.method = None, "uniform"
+        self.last = None, None  # what was measured last, and what `prune` returned for it
         if not args.uniform:
             self.trained = find_stratnet(args.stratnet, args.model, blocks)
             self.method = "unicuco" if self.trained else "curvature"
@@ -255,13 +256,16 @@ class Service:
         """What `strategy_of` asks; if it predicts, the GP is fitted again, from StratNet's data."""
         trained = self.trained
         gp = trained.gp() if trained is not None and predicts else None
-        return Surrogate(self.curve, trained and trained.net, gp, self.measure, self.bytes)
+        net, sure = trained and trained.net, self.args.confidence
+        return Surrogate(self.curve, net, gp, self.measure, self.bytes, sure)
 
     def measure(self, strategy):
         """KL of the model that would be delivered, refitted if it would be: as measured, or what
         it stays below with probability --confidence.
         """
-        self.prune(self.delivered(strategy))
+        strategy = self.delivered(strategy)
+        self.last = None, None  # nothing of it stays in memory beside the next
+        self.last = strategy, self.prune(strategy)
         kl, confidence = self.divergence(), self.args.confidence
         return kl if confidence is None else self.divergence.at_most(confidence)
 
@@ -292,6 +296,14 @@ class Service:
             return Survivors(values) if chosen else masks, counted, values
         pruner.apply_masks(masks) if self.args.pattern else pruner.apply(strategy)
         return masks, counted, None
+
+    def pruned_once(self, strategy):
+        """As `prune`; nothing is done where the last measurement has left the model like that."""
+        last, made = self.last
+        self.last = None, None
+        if last is not None and torch.equal(last, strategy):
+            return made
+        return self.prune(strategy)
 
     def write(self, request, row, masks, values):
         """The folder of one request: weights, tokenizer and strategy.json; row["bytes"] is filled
@@ -335,7 +347,7 @@ class Service:
         """
         started = time.perf_counter()
         strategy = self.delivered(strategy_of(request, surrogate))
-        masks, counted, values = self.prune(strategy)
+        masks, counted, values = self.pruned_once(strategy)
         kl, ppl = self.divergence.measure()
         sure = self.args.confidence
         if not math.isfinite(kl):

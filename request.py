@@ -6,12 +6,14 @@ Reading   beside prune.py, whose command line serves these; can be skipped at fi
 Shapes    a strategy is (D,), the sparsity of each matrix, D = 7 d, or of each of d blocks.
 """
 
+import itertools
 import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 
@@ -29,6 +31,7 @@ KINDS = {
 LARGEST = {"sparsity": MAX, "preference": 1, "max_kl": 1e9, "max_size": 1e15}
 PREFIX = {"sparsity": "", "preference": "preference-", "max_kl": "kl-", "max_size": "size-"}
 STEP = 0.005  # of sparsity: how near a wish for a KL is met
+ENOUGH = 0.9  # of a budget with a confidence: using it well is not worth a second measurement
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
@@ -118,9 +121,10 @@ class Unreachable(Refused):
 class Surrogate:
     """What a request is answered from.
 
-    curve     sparsity -> strategy (D,);  net: StratNet, or None for uniform;  gp: its surrogate, or
-              None
-    measure   strategy -> measured KL;  size: strategy -> packed bytes
+    curve       sparsity -> strategy (D,);  net: StratNet, or None for uniform;  gp: its surrogate,
+                or None
+    measure     strategy -> measured KL, or what KL on all such text stays below with probability
+                `confidence`, if that is not None;  size: strategy -> packed bytes
     """
 
     curve: Callable
@@ -128,12 +132,22 @@ class Surrogate:
     gp: GaussianProcess | None
     measure: Callable
     size: Callable
+    confidence: float | None = None
 
     def predicted(self, strategy):
-        """log KL of a strategy; without a GP, the usual slope."""
+        """log KL of a strategy, and what it stays below with probability `confidence`, by the
+        posterior; without a GP, the usual slope and no doubt.
+        """
         if self.gp is None:
-            return 8 * float(strategy.mean())
-        return float(self.gp.posterior(strategy[None])[0])
+            return (8 * float(strategy.mean()),) * 2
+        mean, std = map(float, self.gp.posterior(strategy[None]))
+        return mean, mean + NormalDist().inv_cdf(self.confidence or 0.5) * std
+
+    def is_enough(self, kl, budget, count):
+        """Whether the count-th measurement, within the budget, is worth no further one. With a
+        confidence the surrogate is trusted between two measurements.
+        """
+        return self.confidence is not None and (count > 1 or kl >= ENOUGH * budget)
 
 
 def strategy_of(request, surrogate):
@@ -164,30 +178,32 @@ def by_size(request, surrogate):
 def by_divergence(request, surrogate):
     """The largest sparsity whose measured KL is within the budget: STEP more was measured above it.
 
-    The surrogate proposes and each measurement corrects its offset; where that does not halve what
-    is open, the middle is measured. NaN is above every budget.
+    The surrogate proposes and each measurement corrects its offset; where that has not halved what
+    is open, the second time or later, the middle is measured. NaN is above every budget. With a confidence one or two
+    measurements are the rule (`is_enough`), more where the surrogate is wrong.
     """
-    value, low, high, offset = request["value"], STEP, MAX + STEP, 0.0
-    lowest = surrogate.measure(surrogate.curve(low))
-    if not lowest <= value:
-        raise Unreachable(
-            f"KL {value:g} is below what pruning gives: sparsity {low} has {lowest:.3g}"
-        )
-    halved = True
-    while high - low > 1.001 * STEP:
-        s = min((low + high) / 2, MAX)
+    value, low, high, offset, halved = request["value"], 0.0, MAX + STEP, 0.0, True
+    for count in itertools.count(1):
+        s = min(max((low + high) / 2, STEP), MAX)
         if halved:
             s = proposed(surrogate, value, offset, low, high)
         strategy, before = surrogate.curve(s), high - low
         kl = surrogate.measure(strategy)
-        low, high = (s, high) if kl <= value else (low, s)
-        offset = log_divergence(kl) - surrogate.predicted(strategy)
-        halved = high - low <= before / 2
+        within = kl <= value
+        low, high = (s, high) if within else (low, s)
+        if high - low <= 1.001 * STEP or (within and surrogate.is_enough(kl, value, count)):
+            break
+        offset = log_divergence(kl) - surrogate.predicted(strategy)[0]
+        halved = count == 1 or high - low <= before / 2
+    if low == 0:
+        raise Unreachable(
+            f"KL {value:g} is below what pruning gives: sparsity {s:.4g} has {kl:.3g}"
+        )
     return surrogate.curve(low)
 
 
 def proposed(surrogate, value, offset, low, high):
     """Where the surrogate, moved by `offset`, crosses the budget, a STEP inside of what is open."""
     budget = math.log(max(value, KL_FLOOR)) - offset
-    s = largest(lambda s: surrogate.predicted(surrogate.curve(s)) <= budget, low, MAX, 14)
+    s = largest(lambda s: surrogate.predicted(surrogate.curve(s))[1] <= budget, low, MAX, 14)
     return min(max(s, low + STEP), max(high - STEP, low + STEP), MAX)

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 
 import prune
 import request
-from checks import fuzz
+from checks import coverage, fuzz
 from conftest import CPU, ROOT, call, refuses, steady
-from eval import read_documents
+from eval import Divergence, read_documents
 from llama import load_llama, save_llama
 from ranks import Pruner
 from request import parse_request, read_requests
@@ -31,7 +32,7 @@ class Guess:
         self.log_kl = log_kl
 
     def posterior(self, x):
-        return torch.tensor([float(self.log_kl(x[0]))]), None
+        return torch.tensor([float(self.log_kl(x[0]))]), torch.zeros(1)
 
 
 def test_a_wish_for_a_kl_is_met_though_the_surrogate_is_wrong_and_more_sparsity_ruins_the_model():
@@ -179,6 +180,78 @@ def test_the_next_step_of_sparsity_would_break_the_budget_whatever_the_surrogate
     assert kl(curve(s)) <= budget
     assert s == request.MAX or kl(curve(s + 1.001 * request.STEP)) > budget
     assert len(measured) <= 16
+
+
+class Doubt(Guess):
+    """The same, with a standard deviation."""
+
+    def __init__(self, log_kl, std):
+        super().__init__(log_kl)
+        self.std = std
+
+    def posterior(self, x):
+        return super().posterior(x)[0], torch.full((1,), self.std)
+
+
+def asked_with(confidence, guess, truth, budget=0.5):
+    """The sparsity that answers a wish for a KL, and those that were measured for it."""
+    measured = []
+
+    def measure(x):
+        measured.append(float(x.mean()))
+        return truth(x)
+
+    curve = lambda s: torch.full((4,), s, dtype=torch.float64)
+    surrogate = request.Surrogate(curve, None, guess, measure, None, confidence)
+    wish = parse_request({"max_kl": budget})
+    return float(request.strategy_of(wish, surrogate).mean()), measured
+
+
+def test_a_wish_with_a_confidence_trusts_the_posterior_between_two_measurements():
+    truth = lambda x: 2 * float(x.mean()) ** 2  # 0.5 at 0.5
+    right = lambda x: math.log(truth(x))
+    s, measured = asked_with(0.95, Guess(right), truth)
+    assert measured == [s] and 0.499 < s <= 0.5
+    # log KL is believed below its mean + 1.645 std with probability 0.95: 2 x^2 = 0.5 / 1.0857
+    s, measured = asked_with(0.95, Doubt(right, 0.05), truth)
+    assert measured == [s]  # 0.92 of the budget
+    assert s == pytest.approx((0.25 / math.exp(1.6449 * 0.05)) ** 0.5, abs=1e-4)
+    s, measured = asked_with(0.95, Doubt(right, 0.1), truth)  # 0.85 of it: a step further
+    assert len(measured) == 2 and s == measured[1] == pytest.approx(measured[0] + request.STEP)
+
+
+@pytest.mark.parametrize("factor, most", [(0.3, 2), (0.8, 2), (1.5, 2), (3, 2)])
+def test_one_measurement_tells_the_posterior_how_much_other_text_costs(factor, most):
+    truth = lambda x: 2 * float(x.mean()) ** 2
+    s, measured = asked_with(0.9, Guess(lambda x: math.log(truth(x) / factor)), truth)
+    assert 0.49 < s <= 0.5 and len(measured) <= most
+    plain, more = asked_with(None, Guess(lambda x: math.log(truth(x) / factor)), truth)
+    assert plain > 0.49 and len(more) > len(measured)  # it also measures a step above
+
+
+def test_a_wish_with_a_confidence_is_kept_by_what_was_measured_though_the_surrogate_is_wrong():
+    truth = lambda x: 2 * float(x.mean()) ** 2 if x.mean() < 0.6 else math.nan
+    for guess in (lambda x: 0.0, lambda x: 99.0, lambda x: -9.0, lambda x: 9 - float(x.mean())):
+        s, measured = asked_with(0.95, Guess(guess), truth)
+        assert s in measured and truth(torch.full((1,), s)) <= 0.5 and len(measured) <= 16
+    for never in (0.51, math.nan, math.inf):
+        with pytest.raises(request.Unreachable, match="sparsity 0.005 has"):
+            asked_with(0.95, Guess(lambda x: 0.0), lambda x: never)
+
+
+def test_the_check_of_coverage_counts_what_is_kept_on_windows_that_were_not_measured():
+    """Windows alike: every promise is kept, with all of the budget; far apart, with a margin."""
+    g = torch.Generator().manual_seed(0)
+    steps = torch.arange(1, 181, dtype=torch.float64)[:, None] * request.STEP
+    alike = (8 * steps - 7).exp().expand(-1, coverage.WINDOWS)
+    table = types.SimpleNamespace(divergence=object.__new__(Divergence))
+    table.guesses = [(float(8 * s - 7), 0.0) for s in steps]
+    row = coverage.promise(0.95, 4, 40, table, alike)
+    assert row["kept"] == 1 and 0.9 < row["kl_over_budget"] <= 1 and row["measurements"] < 1.6
+    apart = alike * (1 + 0.2 * torch.randn(coverage.WINDOWS, generator=g, dtype=torch.float64))
+    kept = {p: coverage.promise(p, 4, 200, table, apart) for p in (0.5, 0.95)}
+    assert 0.4 < kept[0.5]["kept"] < 0.8 and kept[0.95]["kept"] > 0.9
+    assert kept[0.95]["kl_over_budget"] < 0.9 < kept[0.5]["kl_over_budget"]
 
 
 @pytest.mark.parametrize("limit", [0.896, 0.898, 0.8999, 0.9])

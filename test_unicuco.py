@@ -5,6 +5,7 @@ Read this one first.
 Run       pytest test_unicuco.py        (each tolerance has its dtype beside it)
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -608,6 +609,43 @@ def test_a_search_that_starts_from_curves_measures_where_they_are_not_enough_and
     level = lambda x: float(layout.level(torch.as_tensor(x)))
     ours, before = (strategy_for(net, 0.6, level) for net in (result.net, blind))
     assert float(truth(ours[None])) < float(truth(before[None])) - 0.03
+
+
+def test_progress_is_flat_where_the_last_three_rounds_have_gained_too_little():
+    class Known:  # log KL of a strategy is its mean
+        def posterior(self, x):
+            return x.mean(1), None
+
+    def points(*log_kl):
+        return [(i, torch.full((5, 4), y, dtype=torch.float64)) for i, y in enumerate(log_kl)]
+
+    falling, slowing = points(0.9, 0.5, 0.49, 0.48, 0.469), points(0.9, 0.5, 0.495, 0.49, 0.481)
+    assert not unicuco.is_flat(falling, Known(), 0.03)  # 0.5 to 0.469: 0.031 in three rounds
+    assert unicuco.is_flat(slowing, Known(), 0.03)  # 0.5 to 0.481: 0.019
+    assert not unicuco.is_flat(slowing, Known(), None)
+    assert not unicuco.is_flat(slowing[1:3], Known(), 0.03)  # too few rounds to tell
+
+
+def test_a_search_stops_paying_where_nothing_is_left_to_learn_and_only_there():
+    layout, measured = Layout(4, range(1, 8)), []
+    truth = CurvatureMean(*known_curves())  # exactly what the search starts from
+
+    def f2(batch):
+        measured.extend(batch)
+        return [float(truth(x[None]).exp()) for x in batch]
+
+    few = SearchSettings(6, 6, 2, steps=20, final_steps=100)
+    whole = search(f2, layout, few, 0, known_curves())
+    assert len(measured) == 6 + 6 * 2 == whole.progress[-1][0]
+    measured.clear()
+    stopped = search(f2, layout, dataclasses.replace(few, flat=0.02), 0, known_curves())
+    rounds = unicuco.LOOK_BACK + 1
+    assert len(measured) == len(stopped.log) == 6 + rounds * 2
+    assert [n for n, _ in stopped.progress] == [6, 8, 10, 12, 14]
+    for (_, ours), (_, theirs) in zip(stopped.progress[:-1], whole.progress):
+        assert torch.equal(ours, theirs)  # the same search, but shorter
+    levels = layout.level(stopped.progress[-1][1])
+    assert levels.tolist() == pytest.approx(unicuco.SERVED, abs=1e-9)
 
 
 def test_a_softened_strategy_has_the_same_count_and_its_logits_differ_by_that_much_less():

@@ -46,7 +46,9 @@ from script import (
     write_provenance,
 )
 from unicuco import (
+    KL_FLOOR,
     MOST_MEASURED,
+    SERVED,
     Layout,
     SearchSettings,
     Trained,
@@ -58,6 +60,8 @@ from unicuco import (
 )
 
 SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+# rounds at most, and the nats of log KL that three of them must bring for another to be paid
+ROUNDS, FLAT = 12, 0.02
 
 
 # ----------------------------------------------------------------------------- f2 with a memory
@@ -215,22 +219,24 @@ def show(rows):
         print(f"StratNet's KL is below uniform's at {', '.join(wins) or 'no sparsity'}{but}.")
 
 
-def show_progress(result, rounds):
-    """Print what each round of measuring added to the front: where it is flat, stop paying."""
-    volumes = []
-    for last in range(rounds + 1):
-        X, y = log_data([e for e in result.log if e["round"] <= last])
-        front = result.scale(result.layout.level(X), y)
-        volumes.append(f"{len(y)} {hypervolume(front):.4f}")
-    print(f"evaluations and hypervolume of the measured front: {', '.join(volumes)}")
+def show_progress(result):
+    """Print KL against evaluations: what StratNet answered after each round, as the last surrogate
+    sees it, geometric mean over SERVED. Where it is flat the search has stopped paying.
+    """
+    points = []
+    for evaluations, strategies in result.progress:
+        log_kl = result.gp.posterior(strategies)[0].mean()
+        points.append(f"{evaluations} {float(log_kl.exp()):.4f}")
+    asked = f"{SERVED[0]:g} to {SERVED[-1]:g}"
+    print(f"evaluations and KL of StratNet's answers, mean of {asked}: {', '.join(points)}")
 
 
-def show_predictions(log, rounds):
+def show_predictions(log):
     """Print how well the last round's measurements were predicted."""
-    last = [e for e in log if e["round"] == rounds and e["predicted"]]
+    last = [e for e in log if e["round"] == log[-1]["round"] and e["predicted"]]
     if last:
         pairs = ", ".join(f"{e['predicted']:.3f} {e['measured']:.3f}" for e in last)
-        gaps = (abs(e["predicted"] / max(e["measured"], 1e-6) - 1) for e in last)
+        gaps = (abs(e["predicted"] / max(e["measured"], KL_FLOOR) - 1) for e in last)
         gap = 100 * statistics.median(gaps)
         print(f"last round, predicted and measured KL: {pairs}; median gap {gap:.1f} %")
 
@@ -295,7 +301,8 @@ def add_search(parser):
     means = {"choices": ["curvature", "blocks", "constant"], "default": "curvature"}
     grain = {"choices": ["matrix", "block"], "default": "matrix"}
     parser.add_argument("--initial", **number, default=40, help="strategies measured first")
-    parser.add_argument("--rounds", **number, default=4, help="rounds of picking and measuring")
+    rounds = "rounds of picking and measuring, at most: fewer where KL no longer falls"
+    parser.add_argument("--rounds", **number, default=ROUNDS, help=rounds)
     parser.add_argument("--batch", **number, default=4, help="strategies measured in each round")
     parser.add_argument("--mean", **means, help="the GP's prior mean")
     parser.add_argument("--granularity", **grain, help="what has a sparsity of its own")
@@ -379,12 +386,13 @@ class Run:
         pruner = Pruner(setting.model, setting.calibration, args.metric)
         how = args.mean, args.granularity, args.seed
         layout, curves = prior_of(pruner, setting.calibration, *how)
-        settings = SearchSettings(args.initial, args.rounds, args.batch, args.mean)
+        settings = SearchSettings(args.initial, args.rounds, args.batch, args.mean, flat=FLAT)
         total = args.initial + args.rounds * args.batch
         hidden = None if self.first else True
         with tqdm(total=total, desc="evaluations of f2", disable=hidden) as bar:
             measure = Measure(F2(pruner, setting.search), layout, *journals, bar)
             result = search(measure, layout, settings, args.seed, curves, measure.show)
+            bar.total = bar.n  # of those at most
         if args.resume and self.first:
             print(f"{measure.reused} of this process's strategies had been measured before")
         return pruner, result, curves, measure.seconds
@@ -396,8 +404,8 @@ class Run:
             f" {100 * inside / searched:.0f} % of the {searched:.1f} s before the table;"
             f" {self.seconds():.1f} s in all; wrote {self.args.out}"
         )
-        show_progress(result, self.args.rounds)
-        show_predictions(result.log, self.args.rounds)
+        show_progress(result)
+        show_predictions(result.log)
         show(rows)
 
 

@@ -44,6 +44,8 @@ KL_FLOOR, KL_CEILING = 1e-6, 1e2
 ASKED = (0.15, 0.75)  # mean sparsities that requests come from
 MOST_MEASURED = 1000  # strategies in a file: a GP of more would take minutes to fit again
 INFORMED = (0.42, 0.78)  # where curvature alone is not enough
+SERVED = (0.3, 0.4, 0.5, 0.6, 0.7)  # mean sparsities at which progress is read
+LOOK_BACK = 3  # rounds whose gain says whether another is worth its evaluations
 
 
 # --------------------------------------------------------------------------------- objectives
@@ -298,8 +300,11 @@ def scattered(strategies, layout, generator, by=0.2):
 # -------------------------------------------------------------------------------- Algorithm 1
 @dataclass
 class SearchSettings:
-    """How much Algorithm 1 measures and trains; kappa: of the lower confidence bound while
-    searching. Without a table of curvature, three times the steps are trained.
+    """How much Algorithm 1 measures and trains. Without a table of curvature, three times the steps
+    are trained.
+
+    rounds   at most;  flat: None, or fewer where three rounds have gained less, in nats of log KL
+    kappa    of the lower confidence bound while searching
     """
 
     initial: int = 48
@@ -309,12 +314,13 @@ class SearchSettings:
     kappa: float = 0.5
     steps: int = 100
     final_steps: int = 500
+    flat: float | None = None
 
 
 @dataclass
 class SearchResult:
     """log: [{"round", "strategy", "predicted", "measured"}], where predicted is exp of the GP's
-    mean before measuring.
+    mean before measuring; progress: [(evaluations, `served` after training on them)].
     """
 
     net: StratNet
@@ -322,6 +328,7 @@ class SearchResult:
     scale: Scale
     gp: GaussianProcess
     log: list
+    progress: list
 
 
 @contextlib.contextmanager
@@ -388,6 +395,25 @@ def begin(layout, curves, s, generator):
     return net, scale, informed_design(net, layout, s.initial, generator)
 
 
+def served(net, layout):
+    """StratNet's answers (5, D) at the mean sparsities SERVED."""
+
+    def level(strategy):
+        return float(layout.level(strategy))
+
+    return torch.stack([strategy_for(net, sparsity, level) for sparsity in SERVED])
+
+
+def is_flat(progress, gp, flat):
+    """Whether the last rounds have gained less than `flat`: by how much log KL of StratNet's
+    answers fell, the mean over SERVED, as the newest surrogate sees the old ones too.
+    """
+    if flat is None or len(progress) <= LOOK_BACK:
+        return False
+    before, now = (gp.posterior(progress[i][1])[0] for i in (-1 - LOOK_BACK, -1))
+    return float((before - now).mean()) < flat
+
+
 def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
     """Algorithm 1 -> SearchResult; predictions of round 0 are None.
 
@@ -403,7 +429,7 @@ def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
     times, rate = (3, RATE / 4) if curves is None else (1, RATE)
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    log = []
+    log, trained_on = [], []
     # 0. what the dense model already knows trains StratNet before anything is measured (ours)
     net, scale, design = begin(layout, curves, s, g)
     # 1. measure a first design
@@ -416,6 +442,7 @@ def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
             gp = surrogate(layout, mean).fit(X, y)
             # 3. update StratNet on its lower confidence bound
             train_stratnet(net, layout, gp, scale, times * s.steps, s.kappa, g, rate=rate)
+            trained_on.append((len(log), served(net, layout)))
             # 4. of random requests' strategies, pick those that add most hypervolume; scatter them
             measured = scale(layout.level(X), y)
             picks = select_batch(net, layout, gp, scale, measured, s.batch, s.kappa, g, between)
@@ -425,11 +452,15 @@ def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
         record(log, round, picks, measure(list(picks)), predicted)
         if progress is not None:
             progress(log, scale)
-    # 6. refit, and train StratNet to the end on the mean alone
+        # 6. stop paying where it is flat (ours)
+        if is_flat(trained_on, gp, s.flat):
+            break
+    # 7. refit, and train StratNet to the end on the mean alone
     with one_thread():
         gp = surrogate(layout, mean).fit(*log_data(log))
         train_stratnet(net, layout, gp, scale, times * s.final_steps, 0.0, g, rate=rate)
-    return SearchResult(net, layout, scale, gp, log)
+    trained_on.append((len(log), served(net, layout)))
+    return SearchResult(net, layout, scale, gp, log, trained_on)
 
 
 # ------------------------------------------------------------------ from a sparsity to a strategy

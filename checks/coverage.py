@@ -2,9 +2,10 @@
 Does `--max-kl K --confidence P` keep its promise? Hundreds of requests on tiny, each judged on text
 that its measurements never saw.
 
-Run       python -m checks.coverage --out results/coverage-tiny.json     (10 minutes on one core)
-KL of every window at every step of sparsity is measured once; then a request draws some windows,
-is answered by the product's own search on them alone, and judged by the mean over all others.
+Run       python -m checks.coverage --out results/coverage-tiny.json     (25 minutes on one core)
+KL of every window is measured once, at every step of sparsity, as pruned, and at some, refitted;
+then a request draws some windows, is answered by the product's own search on them alone, and judged
+by the mean over all others.
 """
 
 import argparse
@@ -17,33 +18,63 @@ from tqdm import tqdm
 from eval import Divergence
 from prune import find_stratnet, prepare
 from ranks import Pruner
+from refit import CONTRAST, follow
 from request import STEP, Surrogate, by_divergence
 from script import TINY, provenance, write_json, write_provenance
-from unicuco import MAX, strategy_for
+from unicuco import KL_FLOOR, MAX, softened, strategy_for
 
 WINDOWS = 64
 BUDGETS = 0.005, 1.0  # KL, nats per token, log-uniform
+CALIBRATION = 64
+EVERY = 6  # steps between two refits: what lies between is interpolated in log KL
+COUNTS = 4, 8, 16  # windows that a request measures
 
 
-def kl_of_windows(calibration=64):
-    """KL (steps, windows) of StratNet's strategy at every STEP of sparsity, and the GP's guess."""
-    args = argparse.Namespace(
-        model=TINY, data=None, test=None, seqlen=None, calibration=calibration, seed=0, refit=False
-    )
-    setting = prepare(args, torch.device("cpu"), torch.bfloat16, 1)
-    windows = next(iter(setting.held_out.values()))[:WINDOWS]
-    pruner = Pruner(setting.model, setting.calibration)
-    pruner.restore()
-    divergence = Divergence(setting.model, windows)
-    trained = find_stratnet(None, TINY, len(setting.model.blocks))
-    gp, rows, guesses = trained.gp(), [], []
-    for k in tqdm(range(1, round(MAX / STEP) + 1), desc="steps of sparsity"):
-        strategy = strategy_for(trained.net, k * STEP, pruner.sparsity)
-        pruner.apply(strategy)
-        divergence()
-        rows.append(divergence.of_windows)
-        guesses.append(float(gp.posterior(strategy[None])[0]))
-    return divergence, torch.stack(rows), guesses
+class Tabulated:
+    """KL of 64 held-out windows, and what the GP says, at steps of sparsity, of tiny and its
+    StratNet.
+
+    kls       (steps, windows), as pruned or refitted;  guesses: (mean, std) of log KL, as `gp`
+    """
+
+    def __init__(self):
+        args = argparse.Namespace(model=TINY, data=None, test=None, seqlen=None, seed=0)
+        args.calibration, args.refit = CALIBRATION, False
+        self.setting = prepare(args, torch.device("cpu"), torch.bfloat16, 1)
+        windows = next(iter(self.setting.held_out.values()))[:WINDOWS]
+        self.pruner = Pruner(self.setting.model, self.setting.calibration)
+        self.pruner.restore()
+        self.divergence = Divergence(self.setting.model, windows)
+        trained = find_stratnet(None, TINY, len(self.setting.model.blocks))
+        sparsities = [k * STEP for k in range(1, round(MAX / STEP) + 1)]
+        self.curve = [strategy_for(trained.net, s, self.pruner.sparsity) for s in sparsities]
+        self.guesses = trained.gp().posterior(torch.stack(self.curve))
+        self.guesses = [(float(mean), float(std)) for mean, std in zip(*self.guesses)]
+
+    def as_pruned(self):
+        rows = []
+        for strategy in tqdm(self.curve, desc="as pruned"):
+            self.pruner.apply(strategy)
+            self.divergence()
+            rows.append(self.divergence.of_windows)
+        return torch.stack(rows)
+
+    def refitted(self):
+        """Measured at every EVERY-th step and the last, between them a line in log KL."""
+        steps = sorted({*range(0, len(self.curve), EVERY), len(self.curve) - 1})
+        rows = []
+        for k in tqdm(steps, desc="refitted"):
+            strategy = softened(self.curve[k], CONTRAST, self.pruner.sparsity)
+            follow(self.pruner, self.pruner.masks(strategy).counts(), self.setting.calibration)
+            self.divergence()
+            rows.append(self.divergence.of_windows.clamp(min=KL_FLOOR).log())
+        found = []
+        for k in range(len(self.curve)):
+            right = max(1, sum(step < k for step in steps))
+            low, high = steps[right - 1], steps[right]
+            part = (k - low) / (high - low)
+            found.append(((1 - part) * rows[right - 1] + part * rows[right]).exp())
+        return torch.stack(found)
 
 
 class Guess:
@@ -53,34 +84,40 @@ class Guess:
         self.guesses = guesses
 
     def posterior(self, x):
-        return torch.tensor([self.guesses[int(x[0, 0])]]), None
+        mean, std = self.guesses[int(x[0, 0])]
+        return torch.tensor([mean]), torch.tensor([std])
 
 
-def answered(budget, drawn, confidence, divergence, kls, guesses):
-    """The step that the product chooses for a budget, from the windows `drawn` alone."""
+def answered(budget, drawn, confidence, table, kls):
+    """The step that the product chooses for a budget from the windows `drawn` alone, and how often
+    it measured."""
+    asked = []
 
     def measure(x):
-        divergence.of_windows = kls[int(x[0])][drawn]
-        return divergence.at_most(confidence)
+        asked.append(int(x[0]))
+        table.divergence.of_windows = kls[asked[-1]][drawn]
+        return table.divergence.at_most(confidence)
 
     def curve(s):
         return torch.tensor([float(max(0, min(round(s / STEP) - 1, len(kls) - 1)))])
 
     request = {"kind": "max_kl", "value": budget}
-    return int(by_divergence(request, Surrogate(curve, None, Guess(guesses), measure, None))[0])
+    surrogate = Surrogate(curve, None, Guess(table.guesses), measure, None, confidence)
+    return int(by_divergence(request, surrogate)[0]), len(asked)
 
 
-def promise(confidence, count, requests, table):
+def promise(confidence, count, requests, table, kls):
     """How often a promise of `confidence`, from `count` windows, is kept on all other text."""
-    g, kept, shares = torch.Generator().manual_seed(count), 0, []
+    g, kept, shares, asked = torch.Generator().manual_seed(count), 0, [], 0
     for _ in range(requests):
         u = float(torch.rand(1, generator=g))
         budget = BUDGETS[0] * (BUDGETS[1] / BUDGETS[0]) ** u
         order = torch.randperm(WINDOWS, generator=g)
-        step = answered(budget, order[:count], confidence, *table)
-        fresh = float(table[1][step][order[count:]].mean())
+        step, measured = answered(budget, order[:count], confidence, table, kls)
+        fresh = float(kls[step][order[count:]].mean())
         kept += fresh <= budget
         shares.append(fresh / budget)
+        asked += measured
     share = kept / requests
     return {
         "confidence": confidence,
@@ -89,6 +126,7 @@ def promise(confidence, count, requests, table):
         "kept": share,
         "error": math.sqrt(share * (1 - share) / requests),
         "kl_over_budget": sum(shares) / requests,
+        "measurements": asked / requests,
     }
 
 
@@ -97,12 +135,16 @@ def main():
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    table = kl_of_windows()
-    rows = [promise(p, n, args.requests, table) for p in (0.5, 0.9, 0.95) for n in (4, 8, 16)]
+    table, rows = Tabulated(), []
+    for model, measure in (("as pruned", table.as_pruned), ("refitted", table.refitted)):
+        kls = measure()
+        for p in (0.5, 0.9, 0.95):
+            rows += [{"model": model} | promise(p, n, args.requests, table, kls) for n in COUNTS]
     for row in rows:
         print(
-            f"{row['confidence']:g} from {row['windows']:2d} windows: kept {row['kept']:.3f}"
-            f" ± {row['error']:.3f}, KL {row['kl_over_budget']:.2f} of the budget"
+            f"{row['model']}, {row['confidence']:g} from {row['windows']:2d} windows:"
+            f" kept {row['kept']:.3f} ± {row['error']:.3f}, KL {row['kl_over_budget']:.2f} of the"
+            f" budget, {row['measurements']:.1f} measurements"
         )
     if args.out:
         write_provenance(args.out, provenance())
