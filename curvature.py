@@ -27,6 +27,7 @@ from gp import SHIFT
 from model import LINEARS
 
 LEVELS = 16
+ROWS = 1024  # of a matrix, summed at a time
 PASSES, PASS_TOKENS = 16, 256  # backward passes, and the tokens of each
 # what a pass costs, in forward passes of its tokens: one, one more block by block, backward two
 FORWARDS = 4
@@ -34,8 +35,13 @@ FORWARDS = 4
 
 def dropped_sums(G, W, ranks):
     """s_mi: for each row of G and W (d_out, d_in), the sum of G_ij W_ij over the lowest l / LEVELS
-    ranks -> (d_out, LEVELS), float64.
+    ranks -> (d_out, LEVELS), float64. By ROWS rows, whose order takes 8 bytes a weight.
     """
+    pieces = zip(G.split(ROWS), W.split(ROWS), ranks.split(ROWS))
+    return torch.cat([some_sums(*piece) for piece in pieces])
+
+
+def some_sums(G, W, ranks):
     bins = ranks.long() * LEVELS // ranks.shape[1]
     sums = torch.zeros(len(G), LEVELS, device=G.device)
     sums.scatter_add_(1, bins, G.float() * W.float())

@@ -179,8 +179,9 @@ def by_divergence(request, surrogate):
     """The largest sparsity whose measured KL is within the budget: STEP more was measured above it.
 
     The surrogate proposes and each measurement corrects its offset; where that has not halved what
-    is open, the second time or later, the middle is measured. NaN is above every budget. With a confidence one or two
-    measurements are the rule (`is_enough`), more where the surrogate is wrong.
+    is open, the second time or later, the middle is measured. NaN is above every budget. With a
+    confidence one or two measurements are the rule (`is_enough`), more where the surrogate is
+    wrong.
     """
     value, low, high, offset, halved = request["value"], 0.0, MAX + STEP, 0.0, True
     for count in itertools.count(1):

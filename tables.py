@@ -460,16 +460,18 @@ def coverage():
     rows = read_rows(results("coverage-tiny.json"))
     lines = [
         [
+            r["model"],
             f"{r['confidence']:g}",
             r["windows"],
             f"{r['kept']:.3f} ± {r['error']:.3f}",
             r["requests"],
             f"{r['kl_over_budget']:.2f}",
+            f"{r['measurements']:.1f}",
         ]
         for r in rows
     ]
-    head = ["confidence", "windows measured", "kept on other text", "requests"]
-    return markdown([*head, "KL there, of the budget"], lines)
+    head = ["model", "confidence", "windows measured", "kept on other text", "requests"]
+    return markdown([*head, "KL there, of the budget", "measurements a request"], lines)
 
 
 def real(stem):

@@ -122,3 +122,16 @@ def test_each_pass_reads_one_window_alone_and_costs_what_the_budgets_say(length)
     assert pieces.shape == (min(16, 6 * max(1, length // 256)), min(256, length))
     assert (pieces == pieces[:, :1]).all()
     assert curvature.cost_in_tokens(windows) == 4 * pieces.numel()
+
+
+def test_sums_by_pieces_of_rows_are_those_of_the_whole_matrix_bit_for_bit(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    G, W = torch.randn(2, 11, 37, generator=g, dtype=torch.bfloat16)
+    ranks = torch.rand(11, 37, generator=g).argsort(1).short()
+    whole = curvature.dropped_sums(G, W, ranks)
+    monkeypatch.setattr(curvature, "ROWS", 3)  # the last piece is shorter
+    assert torch.equal(curvature.dropped_sums(G, W, ranks), whole)
+    assert whole.shape == (11, curvature.LEVELS)
+    dropped = ranks < 37 / 2  # level 8 of 16
+    expected = (G.double() * W.double() * dropped).sum(1)
+    assert torch.allclose(whole[:, 7], expected, rtol=1e-6, atol=1e-6)  # float32 sums
