@@ -165,20 +165,20 @@ def refit_rows(model):
     return grouped(read_rows(results(f"refit-{model}.json")), "method", "refit", "sparsity")
 
 
-def present():
-    """Rows of both methods in their present form on SmolLM2, all seeds, as `refit_rows` has them:
-    of results/compare-smollm2-seed*.json.
+def present(model="smollm2"):
+    """Rows of both methods in their present form on a real model, all seeds, as `refit_rows` has
+    them: of results/compare-MODEL-seed*.json.
     """
     names = {"uniform": "uniform", UNICUCO: "unicuco"}
     return [
         r | {"method": names[r["method"]], "refit": r["table"] == "refitted"}
-        for r in smollm2_seeds()
+        for r in of_seeds(model)
         if r["method"] in names
     ]
 
 
-def smollm2_seeds():
-    paths = sorted(RESULTS.glob("compare-smollm2-seed[0-9].json"))
+def of_seeds(model):
+    paths = sorted(RESULTS.glob(f"compare-{model}-seed[0-9].json"))
     return [r for path in paths for r in read_comparison(results(path.name))[1]]
 
 
@@ -409,7 +409,7 @@ def refitted_tiny():
 
 
 def refitted_smollm2():
-    return refitted_block(smollm2_seeds())
+    return refitted_block(of_seeds("smollm2"))
 
 
 def refitted_opponents():
@@ -490,21 +490,42 @@ def real(stem):
     return found
 
 
-def smollm2_real():
-    """KL of StratNet over uniform's on both texts, and the geometric mean from 0.3 to 0.7."""
-    found = real("smollm2")
-    asked = sorted({s for _, s in found})
-    rows = []
-    for text in dict.fromkeys(text for text, _ in found):
-        ratios = {}
-        for s in asked:
-            pairs = zip(found[text, s]["unicuco"], found[text, s]["uniform"])
-            ratios[s] = [ours["kl"] / theirs["kl"] for ours, theirs in pairs]
-        by_seed = zip(*(ratios[s] for s in asked if 0.3 <= s <= 0.7))
-        mean = pm([statistics.geometric_mean(seed) for seed in by_seed], 3)
-        rows.append([TEXTS[text], *(pm(ratios[s], 3) for s in asked), mean])
+def ratios_block(rows, methods):
+    """KL over uniform's as pruned, of rows of compare.py, on each text, and the geometric mean from
+    0.3 to 0.7; methods: {as in the rows: as printed}.
+    """
+    found = grouped([r for r in rows if r["table"] == "requests"], "text", "sparsity", "method")
+    asked = sorted({s for _, s, _ in found})
+    lines = []
+    for text in dict.fromkeys(text for text, _, _ in found):
+        for method, name in methods.items():
+            ratios = {s: seeds_over_uniform(found, text, s, method) for s in asked}
+            by_seed = zip(*(ratios[s] for s in asked if 0.3 <= s <= 0.7))
+            mean = pm([statistics.geometric_mean(seed) for seed in by_seed], 3)
+            lines.append([TEXTS[text] + name, *(pm(ratios[s], 3) for s in asked), mean])
     head = ["KL over uniform's at", *(f"{s:g}" for s in asked), "mean of 0.3 to 0.7"]
-    return markdown(head, rows)
+    return markdown(head, lines)
+
+
+def seeds_over_uniform(found, text, sparsity, method):
+    """KL of a method over uniform's, of each of its seeds."""
+    theirs = {r["seed"]: r["kl"] for r in found[text, sparsity, "uniform"]}
+    return [r["kl"] / theirs[r["seed"]] for r in found[text, sparsity, method]]
+
+
+def smollm2_real():
+    return ratios_block(of_seeds("smollm2"), {UNICUCO: ""})
+
+
+def smollm2_unmeasured():
+    """The same where nothing was measured: StratNet of the table of curvature."""
+    return ratios_block(comparison("smollm2-curvature")[1], {METHODS["curvature"]: ""})
+
+
+def qwen05_real():
+    """Qwen2.5-Coder-0.5B, searched; OWL of the first seed alone."""
+    methods = {METHODS["owl"]: f", {METHODS['owl']}", UNICUCO: f", **{UNICUCO}**"}
+    return ratios_block(of_seeds("qwen05"), methods)
 
 
 def smollm2_real_perplexity():
