@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -207,6 +208,19 @@ def test_a_model_that_pruning_cannot_change_ends_with_a_table_of_zeros(
     assert made["inputs"]["weights"] == [script.sha256(folder / "model.safetensors")]
     last = capsys.readouterr().out.splitlines()[-1]
     assert "below uniform's at no sparsity; not at 0.2 (+0.0 %)" in last
+
+
+def test_progress_is_printed_as_the_last_surrogate_sees_the_answers_of_every_round(capsys):
+    class Known:  # log KL of a strategy is its mean
+        def posterior(self, x):
+            return x.mean(1), None
+
+    answers = lambda kl: torch.full((5, 4), math.log(kl), dtype=torch.float64)
+    made = types.SimpleNamespace(gp=Known(), progress=[(40, answers(0.5)), (44, answers(0.25))])
+    train.show_progress(made)
+    assert capsys.readouterr().out == (
+        "evaluations and KL of StratNet's answers, mean of 0.3 to 0.7: 40 0.5000, 44 0.2500\n"
+    )
 
 
 def test_train_without_rounds_writes_a_stratnet_for_the_depth_of_its_model(
