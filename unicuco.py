@@ -414,6 +414,44 @@ def is_flat(progress, gp, flat):
     return float((before - now).mean()) < flat
 
 
+class Learner:
+    """StratNet and its surrogate while they learn from a log of measurements.
+
+    net, scale     StratNet; Scale, None until something is known
+    design         strategies (initial, D) to measure first
+    progress       [(evaluations, `served` after training on them)]
+    """
+
+    def __init__(self, layout, curves, settings, seed):
+        self.layout, self.settings, self.progress = layout, settings, []
+        self.mean, self.between = (settings.mean, ASKED) if curves is None else (curves, INFORMED)
+        # a StratNet that starts from nothing saturates at low sparsities unless it learns slowly
+        self.times, self.rate = (3, RATE / 4) if curves is None else (1, RATE)
+        self.generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        self.net, self.scale, self.design = begin(layout, curves, settings, self.generator)
+
+    def fit(self, log):
+        """The Gaussian process of everything measured so far."""
+        X, y = log_data(log)
+        self.scale = self.scale or Scale.of(y)
+        return surrogate(self.layout, self.mean).fit(X, y)
+
+    def train(self, gp, steps, kappa):
+        """More of StratNet's training, on mean - kappa std."""
+        known = self.net, self.layout, gp, self.scale
+        train_stratnet(*known, self.times * steps, kappa, self.generator, rate=self.rate)
+        self.progress.append((len(gp.X), served(self.net, self.layout)))
+
+    def pick(self, gp, log):
+        """Strategies (batch, D) to measure next, and the KL that the surrogate predicts."""
+        s, (X, y) = self.settings, log_data(log)
+        known = self.net, self.layout, gp, self.scale, self.scale(self.layout.level(X), y)
+        picks = select_batch(*known, s.batch, s.kappa, self.generator, self.between)
+        picks = scattered(picks, self.layout, self.generator)
+        return picks, gp.posterior(picks)[0].exp().tolist()
+
+
 def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
     """Algorithm 1 -> SearchResult; predictions of round 0 are None.
 
@@ -422,45 +460,32 @@ def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
     layout    Layout, or the number of blocks;  curves: None, or (t, q, r) of a table of curvature
     progress  called with log and scale after every round
     """
-    s = settings or SearchSettings()
+    s, log = settings or SearchSettings(), []
     layout = Layout(layout) if isinstance(layout, int) else layout
-    mean, between = (s.mean, ASKED) if curves is None else (curves, INFORMED)
-    # a StratNet that starts from nothing saturates at low sparsities unless it learns slowly
-    times, rate = (3, RATE / 4) if curves is None else (1, RATE)
-    g = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    log, trained_on = [], []
     # 0. what the dense model already knows trains StratNet before anything is measured (ours)
-    net, scale, design = begin(layout, curves, s, g)
+    learner = Learner(layout, curves, s, seed)
     # 1. measure a first design
-    record(log, 0, design, measure(list(design)), [None] * s.initial)
-    scale = scale or Scale.of(log_data(log)[1])
+    record(log, 0, learner.design, measure(list(learner.design)), [None] * s.initial)
     for round in range(1, s.rounds + 1):
-        X, y = log_data(log)
         with one_thread():
             # 2. fit the Gaussian process to everything measured so far
-            gp = surrogate(layout, mean).fit(X, y)
+            gp = learner.fit(log)
             # 3. update StratNet on its lower confidence bound
-            train_stratnet(net, layout, gp, scale, times * s.steps, s.kappa, g, rate=rate)
-            trained_on.append((len(log), served(net, layout)))
+            learner.train(gp, s.steps, s.kappa)
             # 4. of random requests' strategies, pick those that add most hypervolume; scatter them
-            measured = scale(layout.level(X), y)
-            picks = select_batch(net, layout, gp, scale, measured, s.batch, s.kappa, g, between)
-            picks = scattered(picks, layout, g)
-            predicted = gp.posterior(picks)[0].exp().tolist()
+            picks, predicted = learner.pick(gp, log)
         # 5. prune, measure, remember
         record(log, round, picks, measure(list(picks)), predicted)
         if progress is not None:
-            progress(log, scale)
+            progress(log, learner.scale)
         # 6. stop paying where it is flat (ours)
-        if is_flat(trained_on, gp, s.flat):
+        if is_flat(learner.progress, gp, s.flat):
             break
     # 7. refit, and train StratNet to the end on the mean alone
     with one_thread():
-        gp = surrogate(layout, mean).fit(*log_data(log))
-        train_stratnet(net, layout, gp, scale, times * s.final_steps, 0.0, g, rate=rate)
-    trained_on.append((len(log), served(net, layout)))
-    return SearchResult(net, layout, scale, gp, log, trained_on)
+        gp = learner.fit(log)
+        learner.train(gp, s.final_steps, 0.0)
+    return SearchResult(learner.net, layout, learner.scale, gp, log, learner.progress)
 
 
 # ------------------------------------------------------------------ from a sparsity to a strategy
