@@ -6,7 +6,6 @@ Reading   beside prune.py, whose command line serves these; can be skipped at fi
 Shapes    a strategy is (D,), the sparsity of each matrix, D = 7 d, or of each of d blocks.
 """
 
-import itertools
 import json
 import math
 import re
@@ -20,7 +19,7 @@ import torch
 from gp import GaussianProcess
 from llama import dense_name, stored_dtypes, weight_files
 from script import Refused, first_line
-from unicuco import KL_FLOOR, MAX, StratNet, log_divergence
+from unicuco import MAX, StratNet, log_divergence
 
 KINDS = {
     "sparsity": ("S", f"fraction of the block weights that goes, 0 to {MAX}"),
@@ -31,7 +30,7 @@ KINDS = {
 LARGEST = {"sparsity": MAX, "preference": 1, "max_kl": 1e9, "max_size": 1e15}
 PREFIX = {"sparsity": "", "preference": "preference-", "max_kl": "kl-", "max_size": "size-"}
 STEP = 0.005  # of sparsity: how near a wish for a KL is met
-ENOUGH = 0.9  # of a budget with a confidence: using it well is not worth a second measurement
+ENOUGH = 0.9  # of a budget with a confidence: what uses as much is not measured a step further
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
@@ -134,20 +133,20 @@ class Surrogate:
     size: Callable
     confidence: float | None = None
 
-    def predicted(self, strategy):
-        """log KL of a strategy, and what it stays below with probability `confidence`, by the
-        posterior; without a GP, the usual slope and no doubt.
+    def predicted(self, strategy, sure=0.5):
+        """log KL of a strategy, by the posterior, or what it stays below with probability `sure`;
+        without a GP, the usual slope and no doubt.
         """
         if self.gp is None:
-            return (8 * float(strategy.mean()),) * 2
+            return 8 * float(strategy.mean())
         mean, std = map(float, self.gp.posterior(strategy[None]))
-        return mean, mean + NormalDist().inv_cdf(self.confidence or 0.5) * std
+        return mean + NormalDist().inv_cdf(sure) * std
 
-    def is_enough(self, kl, budget, count):
-        """Whether the count-th measurement, within the budget, is worth no further one. With a
-        confidence the surrogate is trusted between two measurements.
+    def is_enough(self, kl, budget):
+        """Whether a measured KL answers a wish for one: with a confidence a step more is not
+        measured, where the budget is used well.
         """
-        return self.confidence is not None and (count > 1 or kl >= ENOUGH * budget)
+        return self.confidence is not None and ENOUGH * budget <= kl <= budget
 
 
 def strategy_of(request, surrogate):
@@ -179,23 +178,27 @@ def by_divergence(request, surrogate):
     """The largest sparsity whose measured KL is within the budget: STEP more was measured above it.
 
     The surrogate proposes and each measurement corrects its offset; where that has not halved what
-    is open, the second time or later, the middle is measured. NaN is above every budget. With a
-    confidence one or two measurements are the rule (`is_enough`), more where the surrogate is
-    wrong.
+    is open, the middle is measured. NaN is above every budget. With a confidence the posterior is
+    trusted more: it proposes by what it is sure of, then aims at the middle of what is enough, and
+    one or two measurements are the rule.
     """
-    value, low, high, offset, halved = request["value"], 0.0, MAX + STEP, 0.0, True
-    for count in itertools.count(1):
+    value, low, high, slow = request["value"], 0.0, MAX + STEP, 0
+    target = log_divergence(value)
+    sure, aim, patience = 0.5, 0.0, 1
+    if surrogate.confidence is not None:
+        sure, aim, patience = surrogate.confidence, math.log((1 + ENOUGH) / 2), 2
+    while high - low > 1.001 * STEP:
         s = min(max((low + high) / 2, STEP), MAX)
-        if halved:
-            s = proposed(surrogate, value, offset, low, high)
+        if slow < patience:
+            s = proposed(surrogate, target, sure, low, high)
         strategy, before = surrogate.curve(s), high - low
         kl = surrogate.measure(strategy)
-        within = kl <= value
-        low, high = (s, high) if within else (low, s)
-        if high - low <= 1.001 * STEP or (within and surrogate.is_enough(kl, value, count)):
-            break
-        offset = log_divergence(kl) - surrogate.predicted(strategy)[0]
-        halved = count == 1 or high - low <= before / 2
+        if surrogate.is_enough(kl, value):
+            return strategy
+        low, high = (s, high) if kl <= value else (low, s)
+        wrong = log_divergence(kl) - surrogate.predicted(strategy)
+        target, sure = log_divergence(value) + aim - wrong, 0.5
+        slow = slow + 1 if slow < patience and high - low > before / 2 else 0
     if low == 0:
         raise Unreachable(
             f"KL {value:g} is below what pruning gives: sparsity {s:.4g} has {kl:.3g}"
@@ -203,8 +206,9 @@ def by_divergence(request, surrogate):
     return surrogate.curve(low)
 
 
-def proposed(surrogate, value, offset, low, high):
-    """Where the surrogate, moved by `offset`, crosses the budget, a STEP inside of what is open."""
-    budget = math.log(max(value, KL_FLOOR)) - offset
-    s = largest(lambda s: surrogate.predicted(surrogate.curve(s))[1] <= budget, low, MAX, 14)
+def proposed(surrogate, target, sure, low, high):
+    """Where the surrogate, as sure as that, crosses log KL `target`, a STEP inside of what is
+    open.
+    """
+    s = largest(lambda s: surrogate.predicted(surrogate.curve(s), sure) <= target, low, MAX, 14)
     return min(max(s, low + STEP), max(high - STEP, low + STEP), MAX)

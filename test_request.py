@@ -216,15 +216,16 @@ def test_a_wish_with_a_confidence_trusts_the_posterior_between_two_measurements(
     s, measured = asked_with(0.95, Doubt(right, 0.05), truth)
     assert measured == [s]  # 0.92 of the budget
     assert s == pytest.approx((0.25 / math.exp(1.6449 * 0.05)) ** 0.5, abs=1e-4)
-    s, measured = asked_with(0.95, Doubt(right, 0.1), truth)  # 0.85 of it: a step further
-    assert len(measured) == 2 and s == measured[1] == pytest.approx(measured[0] + request.STEP)
+    # 0.85 of it: what was measured there takes the doubt away, and 0.95 is aimed at
+    s, measured = asked_with(0.95, Doubt(right, 0.1), truth)
+    assert len(measured) == 2 and s == pytest.approx((0.95 * 0.25) ** 0.5, abs=1e-4)
 
 
 @pytest.mark.parametrize("factor, most", [(0.3, 2), (0.8, 2), (1.5, 2), (3, 2)])
 def test_one_measurement_tells_the_posterior_how_much_other_text_costs(factor, most):
     truth = lambda x: 2 * float(x.mean()) ** 2
     s, measured = asked_with(0.9, Guess(lambda x: math.log(truth(x) / factor)), truth)
-    assert 0.49 < s <= 0.5 and len(measured) <= most
+    assert 0.48 < s <= 0.5 and len(measured) <= most
     plain, more = asked_with(None, Guess(lambda x: math.log(truth(x) / factor)), truth)
     assert plain > 0.49 and len(more) > len(measured)  # it also measures a step above
 
