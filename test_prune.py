@@ -496,7 +496,9 @@ def test_the_model_of_the_last_measurement_is_delivered_without_pruning_it_again
     assert call(prune, *options(small, text), *words, *sure, "--out", tmp_path / "a") == 0
     record = json.loads((tmp_path / "a" / "strategy.json").read_text())
     delivered = record["strategy"][0][0]
-    assert record["kl_at_most"] <= 2 and len(refits) <= 4
+    assert 0.9 * 2 <= record["kl_at_most"] <= 2  # the last measurement is what is delivered
+    counts = [arguments[1] for _, arguments in refits]
+    assert all(counts.count(of) == 1 for of in counts)
     again = ("--sparsity", delivered, "--out", tmp_path / "b")
     assert call(prune, *options(small, text), *words, *again) == 0
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
