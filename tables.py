@@ -301,20 +301,6 @@ def refit_smollm2_says():
     return bullets(sentences)
 
 
-def qwen05():
-    """KL and perplexity of uniform and StratNet on Qwen2.5-Coder-0.5B, nothing refitted."""
-    found = refit_rows("qwen05")
-    rows = []
-    for s in SIZED:
-        both = [found[method, False, s] for method in ("uniform", "unicuco")]
-        kl = [pm([r["kl"] for r in mine], 4) for mine in both]
-        ppl = [pm([r["ppl"] for r in mine], 2) for mine in both]
-        rows.append([f"{s:g}", *kl, seed_by_seed(both[1], both[0]), *ppl])
-    names = ("uniform", "StratNet")
-    head = ["sparsity", *(f"KL, {n}" for n in names), "StratNet / uniform"]
-    return markdown([*head, *(f"perplexity, {n}" for n in names)], rows)
-
-
 def qwen15():
     """KL and perplexity on Qwen2.5-Coder-1.5B, nothing refitted and nothing measured."""
     found = grouped(comparison("qwen15")[1], "sparsity", "method")
@@ -346,12 +332,6 @@ def gain_of_train(stem):
     return gain({s: (rows[text, s]["unicuco"], rows[text, s]["uniform"]) for s in SIZED})
 
 
-def gain_of_prune(stem):
-    """`gain` of rows of prune.py."""
-    rows = refit_rows(stem)
-    return gain({s: (rows["unicuco", False, s], rows["uniform", False, s]) for s in SIZED})
-
-
 def gain_of_compare(stem):
     """`gain` of a comparison of StratNet with nothing measured, on its first test text."""
     rows = [r for r in comparison(stem)[1] if r["table"] == "requests"]
@@ -364,7 +344,7 @@ def gain_of_compare(stem):
 MODELS = (
     ("the embedded model", 5.5e6, gain_of_train, "tiny"),
     ("SmolLM2-135M", 134.5e6, gain_of_train, "smollm2"),
-    ("Qwen2.5-Coder-0.5B", 494e6, gain_of_prune, "qwen05"),
+    ("Qwen2.5-Coder-0.5B", 494e6, gain_of_train, "qwen05"),
     ("Qwen2.5-Coder-1.5B", 1543.7e6, gain_of_compare, "qwen15"),
 )
 
@@ -475,12 +455,11 @@ def coverage():
 
 
 def real(stem):
-    """{(text, sparsity): {method: rows of all seeds}}, nothing refitted: of SmolLM2 the present
-    form, else of results/STEM-seed*.json.
+    """{(text, sparsity): {method: rows of all seeds}}, nothing refitted: of a real model the
+    present form, else of results/STEM-seed*.json.
     """
-    if stem == "smollm2":
-        rows = [r for r in present() if not r["refit"]]
-    else:
+    rows = [r for r in present(stem) if not r["refit"]]
+    if not rows:
         paths = sorted(RESULTS.glob(f"{stem}-seed[0-9].json"))
         rows = [r | {"text": r["test"]} for p in paths for r in read_rows(results(p.name))]
     found = {}
@@ -528,8 +507,8 @@ def qwen05_real():
     return ratios_block(of_seeds("qwen05"), methods)
 
 
-def smollm2_real_perplexity():
-    found = real("smollm2")
+def perplexity_block(found):
+    """Perplexity of uniform and StratNet on each text, nothing refitted; found: as `real`."""
     asked = sorted({s for _, s in found})
     rows = []
     for text in dict.fromkeys(text for text, _ in found):
@@ -537,6 +516,14 @@ def smollm2_real_perplexity():
             cells = (pm([r["ppl"] for r in found[text, s][method]], 2) for s in asked)
             rows.append([f"{TEXTS[text]}, {name}", *cells])
     return markdown(["perplexity at", *(f"{s:g}" for s in asked)], rows)
+
+
+def smollm2_real_perplexity():
+    return perplexity_block(real("smollm2"))
+
+
+def qwen05_perplexity():
+    return perplexity_block(real("qwen05"))
 
 
 def smollm2_predicted():
@@ -912,7 +899,8 @@ BLOCKS = {
         refit_smollm2_says,
         smollm2_short,
         smollm2_left,
-        qwen05,
+        qwen05_real,
+        qwen05_perplexity,
         qwen15,
         sizes,
         refitted_tiny,
@@ -932,6 +920,7 @@ BLOCKS = {
         coverage,
         beside_evopress,
         smollm2_real,
+        smollm2_unmeasured,
         smollm2_real_perplexity,
         smollm2_predicted,
         smollm2_predicted_says,

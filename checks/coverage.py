@@ -2,10 +2,10 @@
 Does `--max-kl K --confidence P` keep its promise? Hundreds of requests on tiny, each judged on text
 that its measurements never saw.
 
-Run       python -m checks.coverage --out results/coverage-tiny.json     (25 minutes on one core)
-KL of every window is measured once, at every step of sparsity, as pruned, and at some, refitted;
-then a request draws some windows, is answered by the product's own search on them alone, and judged
-by the mean over all others.
+Run       python -m checks.coverage --out results/coverage-tiny.json     (20 minutes on one core)
+KL of every window is measured once, at every third step of sparsity as pruned, at every sixth
+refitted; then a request draws some windows, is answered by the product's own search on them alone,
+and judged by the mean over all others.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from unicuco import KL_FLOOR, MAX, softened, strategy_for
 WINDOWS = 64
 BUDGETS = 0.005, 1.0  # KL, nats per token, log-uniform
 CALIBRATION = 64
-EVERY = 6  # steps between two refits: what lies between is interpolated in log KL
 COUNTS = 4, 8, 16  # windows that a request measures
 
 
@@ -34,7 +33,7 @@ class Tabulated:
     """KL of 64 held-out windows, and what the GP says, at steps of sparsity, of tiny and its
     StratNet.
 
-    kls       (steps, windows), as pruned or refitted;  guesses: (mean, std) of log KL, as `gp`
+    curve     the strategy of every step;  guesses: (mean, std) of its log KL
     """
 
     def __init__(self):
@@ -51,29 +50,30 @@ class Tabulated:
         self.guesses = trained.gp().posterior(torch.stack(self.curve))
         self.guesses = [(float(mean), float(std)) for mean, std in zip(*self.guesses)]
 
-    def as_pruned(self):
-        rows = []
-        for strategy in tqdm(self.curve, desc="as pruned"):
-            self.pruner.apply(strategy)
-            self.divergence()
-            rows.append(self.divergence.of_windows)
-        return torch.stack(rows)
+    def apply(self, strategy):
+        self.pruner.apply(strategy)
 
-    def refitted(self):
-        """Measured at every EVERY-th step and the last, between them a line in log KL."""
-        steps = sorted({*range(0, len(self.curve), EVERY), len(self.curve) - 1})
-        rows = []
-        for k in tqdm(steps, desc="refitted"):
-            strategy = softened(self.curve[k], CONTRAST, self.pruner.sparsity)
-            follow(self.pruner, self.pruner.masks(strategy).counts(), self.setting.calibration)
+    def refit(self, strategy):
+        """As prune.py delivers it."""
+        strategy = softened(strategy, CONTRAST, self.pruner.sparsity)
+        follow(self.pruner, self.pruner.masks(strategy).counts(), self.setting.calibration)
+
+    def kls(self, make, every):
+        """KL (steps, windows) of what `make` makes of a strategy: measured at every so many steps
+        and the last, between them on a line in log KL.
+        """
+        steps = sorted({*range(0, len(self.curve), every), len(self.curve) - 1})
+        rows = {}
+        for k in tqdm(steps, desc=make.__name__):
+            make(self.curve[k])
             self.divergence()
-            rows.append(self.divergence.of_windows.clamp(min=KL_FLOOR).log())
+            rows[k] = self.divergence.of_windows.double().clamp(min=KL_FLOOR).log()
         found = []
         for k in range(len(self.curve)):
-            right = max(1, sum(step < k for step in steps))
-            low, high = steps[right - 1], steps[right]
-            part = (k - low) / (high - low)
-            found.append(((1 - part) * rows[right - 1] + part * rows[right]).exp())
+            low = max(step for step in steps if step <= k)
+            high = min(step for step in steps if step >= k)
+            part = (k - low) / max(high - low, 1)
+            found.append(((1 - part) * rows[low] + part * rows[high]).exp())
         return torch.stack(found)
 
 
@@ -136,8 +136,8 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     table, rows = Tabulated(), []
-    for model, measure in (("as pruned", table.as_pruned), ("refitted", table.refitted)):
-        kls = measure()
+    for model, make, every in (("as pruned", table.apply, 3), ("refitted", table.refit, 6)):
+        kls = table.kls(make, every)
         for p in (0.5, 0.9, 0.95):
             rows += [{"model": model} | promise(p, n, args.requests, table, kls) for n in COUNTS]
     for row in rows:
