@@ -29,7 +29,7 @@ from ranks import Pruner, Survivors, rank
 from refit import follow
 from script import choose_device, choose_tokens
 from simcuda import Mismatch, simulated
-from unicuco import Scale
+from unicuco import Scale, SearchResult
 
 FEW = ("--tokens", 64, "--calibration", 2, "--seqlen", 32, "--dtype", "float32")
 STRATEGY = [0.3, 0.5, 0.7]
@@ -384,7 +384,7 @@ def measure_two(measure, layout, settings, seed, curves, show):
         {"round": 0, "strategy": x.tolist(), "measured": kl, "predicted": None}
         for x, kl in zip(strategies, measure(strategies))
     ]
-    return SimpleNamespace(net=random_net(21), layout=layout, scale=Scale(0.0, 1.0), log=log)
+    return SearchResult(random_net(21), layout, Scale(0.0, 1.0), None, log, [])
 
 
 @pytest.mark.parametrize("name, blocks, most", [("7B", 32, 40e9), ("13B", 40, 78e9)])
