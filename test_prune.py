@@ -483,7 +483,7 @@ def test_without_a_stratnet_curvature_chooses_better_than_uniform(tmp_path, spar
         assert call(prune, "--model", model, *asked, "--out", out, *words) == 0
         record = json.loads((out / "strategy.json").read_text())
         kls[record["method"]] = record["kl"]
-    assert kls["curvature"] < 0.75 * kls["uniform"]  # measured: 0.49 and 0.40
+    assert kls["curvature"] < 0.75 * kls["uniform"]  # measured: 0.58 and 0.42
 
 
 def test_the_model_of_the_last_measurement_is_delivered_without_pruning_it_again(
