@@ -50,9 +50,6 @@ class Tabulated:
         self.guesses = trained.gp().posterior(torch.stack(self.curve))
         self.guesses = [(float(mean), float(std)) for mean, std in zip(*self.guesses)]
 
-    def apply(self, strategy):
-        self.pruner.apply(strategy)
-
     def refit(self, strategy):
         """As prune.py delivers it."""
         strategy = softened(strategy, CONTRAST, self.pruner.sparsity)
@@ -136,7 +133,7 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     table, rows = Tabulated(), []
-    for model, make, every in (("as pruned", table.apply, 3), ("refitted", table.refit, 6)):
+    for model, make, every in (("as pruned", table.pruner.apply, 3), ("refitted", table.refit, 6)):
         kls = table.kls(make, every)
         for p in (0.5, 0.9, 0.95):
             rows += [{"model": model} | promise(p, n, args.requests, table, kls) for n in COUNTS]
