@@ -508,7 +508,7 @@ def name_of(answer):
 # ---------------------------------------------------------------------------------------- refitted
 def refitted_all(run, answers, texts, owned):
     """Rows of the last answers of every method at --refit, survivors refitted; SparseGPT, if asked,
-    with Wanda's masks and with its own. All on the same calibration windows and texts.
+    at all that is served, with Wanda's masks and with its own. All on the same windows and texts.
 
     owned     {method: what has its masks}, for those that have their own
     """
@@ -517,7 +517,9 @@ def refitted_all(run, answers, texts, owned):
     candidates = without_smaller(answers) + found_before(run.args)
     asked = [a for s in run.args.refit for a in candidates if a["sparsity"] == s]
     if "sparsegpt" in run.args.methods:
-        asked += [a | {"method": m} for a in asked if a["method"] == "uniform" for m in SPARSEGPT]
+        uniforms = [a for a in answers if a["method"] == "uniform"]
+        served = [a for a in uniforms if a["sparsity"] in run.args.served]
+        asked += [a | {"method": m} for a in served for m in SPARSEGPT]
     rows = []
     for a in tqdm(asked, desc=f"seed {run.args.seed}, refitted", disable=None):
         a = softer(run, a)
@@ -546,10 +548,10 @@ def without_smaller(answers):
 
 
 def found_before(args):
-    """Opponents' answers of this seed in the comparisons --refit-also, of methods that --methods
-    leaves out; of one that several searched for, those of the last."""
-    ours = ("unicuco", "constant", "curvature", *OWN_MASKS)  # strategies alone would mislead
-    here = {METHODS.get(name) for name in (*args.methods, *ours)} | {"uniform"}
+    """Answers of this seed in the comparisons --refit-also, of methods that --methods leaves out;
+    of one that several searched for, those of the last."""
+    without = (*args.methods, *OWN_MASKS)  # of masks of its own, a strategy says nothing
+    here = {METHODS.get(name) for name in without} | {"uniform"}
     answers = []
     for path in args.refit_also:
         rows = read_comparison(path)[1]
@@ -648,7 +650,7 @@ def one_seed(args, seed, journal, device, dtype):
         rows += read_all(run, mine, masks, texts, "requests")
         owned[METHODS[name]] = masks
         answers += mine
-    if args.refit:
+    if args.refit or "sparsegpt" in args.methods:
         rows += refitted_all(run, answers, texts, owned)
     return rows
 
@@ -752,7 +754,7 @@ def add_judging(parser):
     parser.add_argument("--test-tokens", **number, default=8192, help="tokens of each unseen text")
     refit = "also refit every method's answers at these sparsities (default: 0.5 0.6 0.7)"
     parser.add_argument("--refit", type=float, nargs="*", metavar="S", help=refit)
-    before = "with --refit: also what opponents found in these comparisons, files of compare.py"
+    before = "with --refit: also what others found in these comparisons, files of compare.py"
     some = {"nargs": "+", "default": (), "metavar": "FILE"}
     parser.add_argument("--refit-also", type=Path, **some, help=before)
     tasks = (
@@ -771,7 +773,7 @@ def add_searches(parser):
         choices=[*METHODS, "sparsegpt"],
         default=["owl", "unicuco", "gp", "evopress"],
         metavar="NAME",
-        help="beside uniform: " + " ".join(METHODS) + "; sparsegpt, with --refit",
+        help="beside uniform: " + " ".join(METHODS) + "; sparsegpt",
     )
     budget = "evaluations that EvoPress may spend on each request"
     parser.add_argument("--budget", **number, default=20, help=budget)
@@ -818,7 +820,7 @@ def compare(args, inputs, device, dtype):
         rows += one_seed(args, seed, journal, device, dtype)
         write_rows(args.out / "compare.json", asked, rows)
     show_requests(rows, asked)
-    if args.refit:
+    if any(r["table"] == "refitted" for r in rows):
         show_refitted(rows)
     if args.tasks:
         show_tasks(rows)

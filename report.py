@@ -75,11 +75,11 @@ def grouped(rows, *keys):
 
 def with_ratios(rows, table):
     """The rows of one table, pruned models alone, each with its KL over that of uniform in the
-    same seed, on the same text, at the same sparsity."""
+    same seed, on the same text, at the same sparsity; NaN where that has none."""
     rows = [r for r in rows if r["table"] == table and r["method"] != "dense"]
     same = ("seed", "text", "sparsity")
     base = {tuple(r[k] for k in same): r["kl"] for r in rows if r["method"] == "uniform"}
-    return [r | {"ratio": r["kl"] / base[tuple(r[k] for k in same)]} for r in rows]
+    return [r | {"ratio": r["kl"] / base.get(tuple(r[k] for k in same), math.nan)} for r in rows]
 
 
 def spread(values):
