@@ -847,6 +847,18 @@ def show_bits(model, tokenizer, documents, seqlen):
     print(f"bits per byte {bits:.4f} over {len(raw)} bytes, every token counted (xz -9e: {xz:.4f})")
 
 
+def show_perplexity(args, value, windows, how):
+    """Print it with all that it depends on; windows (n, T)."""
+    n, seqlen = windows.shape
+    source = f"held-out standard library of Python {platform.python_version()}"
+    if args.data:
+        source = args.data.name
+    print(
+        f"perplexity {value:.4f}  {args.model.resolve().name} on {source}: {n} windows of"
+        f" {seqlen}, {n * (seqlen - 1)} tokens scored, {how}"
+    )
+
+
 def main():
     args = arguments()
     device, dtype, reason = choose_device(args.device, args.dtype)
@@ -869,14 +881,8 @@ def main():
         zero_shot_table(model, tokenizer, args.tasks, args.limit, reference)
     if args.bits:
         show_bits(model, tokenizer, documents, seqlen)
-    source = f"held-out standard library of Python {platform.python_version()}"
-    if args.data:
-        source = args.data.name
-    print(
-        f"perplexity {perplexity(model, tokens, seqlen):.4f}  {args.model.resolve().name} on"
-        f" {source}: {len(windows)} windows of {seqlen},"
-        f" {len(windows) * (seqlen - 1)} tokens scored, {str(dtype)[6:]} on {device} ({reason})"
-    )
+    how = f"{str(dtype)[6:]} on {device} ({reason})"
+    show_perplexity(args, perplexity(model, tokens, seqlen), windows, how)
 
 
 if __name__ == "__main__":

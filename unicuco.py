@@ -596,13 +596,11 @@ def read_stratnet(path):
     curves = tensors.pop("curves", None)
     outputs = len(tensors["layers.4.bias"])
     check_fit(X, y, sizes, curves, outputs)
+    if about["mean"] not in (MEANS if curves is None else (*MEANS, "curvature")):
+        raise ValueError("the mean of its surrogate is unknown")
     scale = Scale(float(about["lo"]), float(about["hi"]))
     if not -math.inf < scale.lo < scale.hi < math.inf:
         raise ValueError("its scale is none")
-    if about["mean"] not in (*MEANS, "curvature") or (about["mean"] == "curvature") > (
-        curves is not None
-    ):
-        raise ValueError("the mean of its surrogate is unknown")
     with torch.device("meta"):  # nothing is allocated for what the file only claims
         net = StratNet(outputs)
     net.load_state_dict(tensors, assign=True)
