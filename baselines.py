@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from curvature import output_gradient, pieces_of
@@ -99,12 +100,14 @@ def owl_best(shares, target, f2, lams=(0.04, 0.08, 0.12)):
     return min(candidates, key=f2)
 
 
-def dlp(medians, target, alpha=0.15):
-    """DLP: blocks whose scores have a lower median keep more, at most 2 `alpha` apart.
+def dlp(medians, target):
+    """DLP: blocks whose scores have a lower median keep more, at most 2 alpha apart: its authors'
+    alphas for Llama, 0.04 at 0.5, 0.1 at 0.6 and 0.15 at 0.7, on a line between them.
 
     medians   (d,) of `median_scores`: importance is 1 - median / sum, then scaled to [0, 1]
     Left out: nothing of the method; the count is then made equal, as for all methods here.
     """
+    alpha = np.interp(target.sparsity, (0.5, 0.6, 0.7), (0.04, 0.1, 0.15))
     importance = 1 - medians / medians.sum()
     lowest, highest = importance.min(), importance.max()
     spread = 2 * alpha * (importance - lowest) / (highest - lowest).clamp(min=1e-12)
@@ -183,29 +186,22 @@ class GlobalThreshold:
 
 
 # -------------------------------------------------------------------------------------- EvoPress
-def groups_of(sizes, blocks):
-    """Places of equal size in a strategy over matrices: what may be switched. sizes (m,) weights of
-    the matrices of a block -> list of index tensors into (m d,).
+def child_of(parent, step, g, sizes=None):
+    """`parent` (D,) after 1 to 3 level switches, 1 the likeliest: one random place loses weights,
+    another gets as many back.
+
+    step      how much sparsity that is for a place of mean size
+    sizes     (D,) weights of each place; None: all alike
     """
-    places = torch.arange(blocks * len(sizes)).view(blocks, len(sizes))
-    return [places[:, sizes == size].flatten() for size in sizes.unique()]
-
-
-def child_of(parent, step, g, groups=None):
-    """`parent` (D,) after 1 to 3 level switches, 1 the likeliest: one random place gains `step`
-    of sparsity, another of equal size loses it, so the sum stays."""
     child = parent.clone()
-    groups = [torch.arange(len(child))] if groups is None else groups
-    share = torch.tensor([float(len(group)) for group in groups])
+    sizes = torch.ones_like(child) if sizes is None else sizes / sizes.mean()
     one, other = (int(torch.randint(1, 4, (1,), generator=g)) for _ in range(2))
     for _ in range(min(one, other)):
-        group = groups[0]
-        if len(groups) > 1:
-            group = groups[int(torch.multinomial(share, 1, generator=g))]
-        up, down = group[torch.randperm(len(group), generator=g)[:2]].tolist()
-        size = min(step, float(MAX - child[up]), float(child[down]))
-        child[up] += size
-        child[down] -= size
+        up, down = torch.randperm(len(child), generator=g)[:2].tolist()
+        room, held = (MAX - child[up]) * sizes[up], child[down] * sizes[down]
+        moved = min(step, float(room), float(held))
+        child[up] += moved / sizes[up]
+        child[down] -= moved / sizes[down]
     return child
 
 
@@ -220,7 +216,7 @@ def generation_cost(offspring, steps):
 
 
 def evopress(
-    f2, steps, target, budget, seed=0, *, snapshots=(), offspring=16, step=0.05, groups=None
+    f2, steps, target, budget, seed=0, *, snapshots=(), offspring=16, step=0.05, sizes=None
 ):
     """EvoPress: (1 + lambda) evolution of one request, by KL.
 
@@ -231,7 +227,7 @@ def evopress(
     steps       [(objective, survivors)], fewest tokens first; an objective is f2 on 1 /
                 objective.share of the tokens, of its survivors the next step chooses
     budget      evaluations of f2, counted in tokens
-    groups      None: any two places switch levels; else index tensors of places of equal size
+    step, sizes of a level switch: see `child_of`
     snapshots   smaller budgets whose best strategy is wanted too
     returns     {budget: (strategy (d,), seconds until then, evaluations really spent)}
     Left out: a database of pruned layers (any level costs nothing here); that no two children are
@@ -249,7 +245,7 @@ def evopress(
         if spent + cost > wanted[0]:  # not even one more generation
             found[wanted.pop(0)] = parent, time.perf_counter() - started, spent
             continue
-        children = [target.met_by(child_of(parent, step, g, groups)) for _ in range(offspring)]
+        children = [target.met_by(child_of(parent, step, g, sizes)) for _ in range(offspring)]
         for objective, survivors in steps:
             children = sorted(children, key=objective)[:survivors]
         parent, best = fittest(f2, children, parent, best)

@@ -160,13 +160,13 @@ def test_owl_keeps_the_mean_and_gives_blocks_with_more_outliers_less_at_most_lam
 
 def test_dlp_is_its_formula_on_a_case_worked_by_hand():
     medians = torch.tensor([1.0, 2.0, 4.0, 1.0], dtype=torch.float64)
-    asked = Target(0.5, 4, lambda x: float(torch.as_tensor(x).mean()))
-    # importance 7/8, 6/8, 4/8, 7/8, scaled to 1, 2/3, 0, 1: times 0.3, less its mean of 0.2
-    expected = pytest.approx([0.4, 0.5, 0.7, 0.4], abs=1e-9)
-    assert baselines.dlp(medians, asked).tolist() == expected
-    halved = baselines.dlp(medians, asked, alpha=0.075)
-    assert halved.tolist() == pytest.approx([0.45, 0.5, 0.6, 0.45], abs=1e-9)
-    level = baselines.dlp(torch.ones(4, dtype=torch.float64), asked)
+    asked = lambda s: Target(s, 4, lambda x: float(torch.as_tensor(x).mean()))
+    # importance 7/8, 6/8, 4/8, 7/8, scaled to 1, 2/3, 0, 1, less its mean: times 2 alpha
+    shape = torch.tensor([-1 / 3, 0, 2 / 3, -1 / 3], dtype=torch.float64)
+    for sparsity, alpha in ((0.3, 0.04), (0.5, 0.04), (0.55, 0.07), (0.6, 0.1), (0.65, 0.125)):
+        expected = pytest.approx((sparsity + 2 * alpha * shape).tolist(), abs=1e-9)
+        assert baselines.dlp(medians, asked(sparsity)).tolist() == expected
+    level = baselines.dlp(torch.ones(4, dtype=torch.float64), asked(0.5))
     assert level.tolist() == pytest.approx([0.5] * 4, abs=1e-9)
 
 
@@ -877,31 +877,30 @@ def test_sparsegpt_is_below_wanda_and_the_refit_below_sparsegpt_on_its_own_windo
     assert kl[2] < kl[1] < kl[0]
 
 
-def test_over_matrices_equal_sizes_alone_switch_levels_and_evopress_finds_the_toys_best():
-    sizes = torch.tensor([4.0, 1.0, 1.0, 4.0, 6.0, 6.0, 6.0])
-    groups = baselines.groups_of(sizes, 3)
-    assert sorted(map(len, groups)) == [6, 6, 9]
-    assert torch.cat(groups).sort().values.tolist() == list(range(21))
+def test_over_matrices_equal_numbers_of_weights_switch_and_evopress_finds_the_best_of_that_count():
+    sizes = torch.tensor([4, 1, 1, 4, 6, 6, 6], dtype=torch.float64).repeat(3)
+    counted = lambda x: float((sizes * torch.as_tensor(x)).sum() / sizes.sum())
     g = torch.Generator().manual_seed(0)
     parent = torch.full((21,), 0.5, dtype=torch.float64)
     for _ in range(200):
-        child = baselines.child_of(parent, 0.05, g, groups)
-        moved = child - parent
-        for group in groups:
-            assert float(moved[group].sum()) == pytest.approx(0, abs=1e-12)  # float64
+        moved = sizes * (baselines.child_of(parent, 0.05, g, sizes) - parent)
+        assert float(moved.sum()) == pytest.approx(0, abs=1e-12)  # float64
+        assert float(moved.abs().max()) <= 3 * 0.05 * 4 + 1e-9  # of places of 4 weights on average
         assert 2 <= int((moved.abs() > 1e-9).sum()) <= 6
-    # f2 = sum_i w_i x_i^2 at mean 0.5: the best is x_i = min(0.9, c / w_i)
+    ends = torch.where(torch.arange(21) % 2 == 0, 0.9, 0.0).double()  # nothing beyond 0 and MAX
+    children = torch.stack([baselines.child_of(ends, 0.5, g, sizes) for _ in range(200)])
+    assert 0 <= children.min() and children.max() <= 0.9
+    # f2 = sum_i s_i w_i x_i^2 at a weighted mean of 0.5: the best is x_i = c / w_i
     w = torch.linspace(0.8, 2, 21, dtype=torch.float64)
-    c = 10.5 / float((1 / w).sum())
-    best = float((w * (c / w) ** 2).sum())
-    assert float((c / w).max()) <= 0.9
-    f2 = lambda x: float((w * x**2).sum())
+    c = 0.5 * float(sizes.sum() / (sizes / w).sum())
+    f2 = lambda x: float((sizes * w * x**2).sum())
+    best = f2(c / w)
+    assert float((c / w).max()) <= 0.9 and counted(c / w) == pytest.approx(0.5)
     cheaper = lambda share: type("Part", (), {"share": share, "__call__": lambda _, x: f2(x)})()
     selection = [(cheaper(4), 4), (cheaper(2), 2)]
-    target = Target(0.5, 21, lambda x: float(torch.as_tensor(x).mean()))
-    found = baselines.evopress(f2, selection, target, 1200, groups=[torch.arange(21)])
-    strategy = found[1200][0]
-    assert f2(strategy) < best + 0.05 * (f2(parent) - best)
+    found = baselines.evopress(f2, selection, Target(0.5, 21, counted), 1200, sizes=sizes)
+    assert counted(found[1200][0]) == pytest.approx(0.5, abs=1e-4)
+    assert best < f2(found[1200][0]) < best + 0.05 * (f2(parent) - best)
 
 
 @pytest.mark.slow

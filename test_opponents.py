@@ -84,19 +84,6 @@ def test_evopress_reaches_the_front_to_its_step_of_5_hundredths(sparsity):
 
 
 @pytest.mark.parametrize("sparsity", ASKED)
-def test_evopress_within_groups_reaches_the_best_that_keeps_every_groups_count(sparsity):
-    groups = [torch.arange(6), torch.arange(6, BLOCKS)]
-    best = torch.cat([best_of(TOY.w[group], sparsity) for group in groups])
-    assert reached(best, sparsity) < 0.9  # what the groups forbid
-    steps = [(Part(4), 4), (Part(2), 2)]
-    found = baselines.evopress(Part(), steps, target(sparsity), 416, groups=groups)
-    x = found[416][0]
-    assert 0.95 < reached(x, sparsity, best) < 1.001
-    for group in groups:
-        assert mean(x[group]) == pytest.approx(sparsity, abs=1e-3)
-
-
-@pytest.mark.parametrize("sparsity", ASKED)
 def test_dynamic_programming_reaches_the_optimum_of_its_grid(sparsity):
     damages = [baselines.damages_alone(Part(4), block, BLOCKS) for block in range(BLOCKS)]
     damages = torch.tensor(damages, dtype=torch.float64)
