@@ -86,7 +86,7 @@ from unicuco import (
 )
 
 SURVIVORS = (4, 2)  # of EvoPress's children, after a quarter and after a half of the tokens
-MATRIX_STEP = 0.1  # of EvoPress over matrices, better than 0.05 at every budget (RESULTS.md)
+MATRIX_STEP = 0.2  # of EvoPress over matrices, best of 0.05, 0.1 and 0.2 (RESULTS.md)
 LEAST = 9  # evaluations of EvoPress: uniform pruning and one generation
 JOURNAL = "compare.journal.json"  # in --out
 HARD = (0.5, 0.6)  # requests whose strategies are read a whole text and asked zero-shot tasks
@@ -558,6 +558,8 @@ def found_before(args):
         rows = read_comparison(path)[1]
         rows = [r for r in rows if r["table"] == "requests" and r["seed"] == args.seed]
         rows = [r for r in rows if r["text"] == rows[0]["text"] and family(r["method"]) not in here]
+        again = {family(r["method"]) for r in rows}
+        answers = [a for a in answers if family(a["method"]) not in again]
         answers += [{key: r[key] for key in ANSWER} for r in rows]
     return without_smaller(answers)
 
@@ -637,11 +639,11 @@ def one_seed(args, seed, journal, device, dtype):
     """All rows of one seed: search, then measure what was found."""
     first = seed == args.seed
     run = start(argparse.Namespace(**vars(args) | {"seed": seed}), journal, device, dtype)
+    long = long_text(run, None if first else LONG) if args.tasks else {}
     answers = find_all(run)
     rows = []
     if args.tasks:
-        text = long_text(run, None if first else LONG)
-        rows += read_all(run, hard(answers), run.pruner, text, "long")
+        rows += read_all(run, hard(answers), run.pruner, long, "long")
         rows += ask_all(run, hard(answers)) if first else []
     texts = first_tokens(run.setting.held_out, args.test_tokens)
     rows += read_all(run, answers, run.pruner, texts, "requests")
@@ -707,7 +709,7 @@ def to_refit(args):
         return []
     if not {*args.refit} <= {*args.served}:
         raise Refused("--refit refits what is served: --served lacks one of its sparsities")
-    chosen = args.refit or perplexities(args.served)
+    chosen = sorted({*args.refit}) or perplexities(args.served)
     if not chosen:
         raise Refused("--refit alone refits what is served of 0.5 0.6 0.7: name the sparsities")
     return chosen

@@ -257,6 +257,8 @@ def cut(tokens, seqlen):
 def split_documents(documents, name):
     """The first four fifths of the documents to choose on, {name: the last fifth} to test on."""
     share = len(documents) * 4 // 5
+    if not share:
+        raise Refused(f"{name} is too short to be split: it has one window, give a --test")
     return documents[:share], {f"last fifth of {name}": documents[share:]}
 
 

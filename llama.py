@@ -31,6 +31,7 @@ from script import (
     KEPT_FILES,
     Parser,
     Refused,
+    a_seed,
     add_model,
     choose_device,
     first_line,
@@ -513,7 +514,7 @@ def arguments():
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--seed", type=a_seed, default=0, help="of the draws")
     parser.add_argument(
         "--compare",
         type=Path,

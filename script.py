@@ -185,8 +185,15 @@ def add_texts(parser, tokens_help="tokens of one measurement of f2", windows=32)
         help="window (default: the model's positions, at most 512)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of windows and of everything that is drawn"
+        "--seed", type=a_seed, default=0, help="of windows and of everything that is drawn"
     )
+
+
+def a_seed(text):
+    """The number of a --seed, 0 to 2^63 - 1: what torch and numpy both take."""
+    if not text.isdecimal() or int(text[:20]) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is none, from 0 to 2^63 - 1")
+    return int(text)
 
 
 def at_least(args, minimum, *names):

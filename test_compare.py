@@ -706,7 +706,7 @@ def test_what_other_comparisons_found_is_refitted_by_the_largest_budget_and_not_
         earlier.append((tmp_path / "compare.json").rename(tmp_path / f"of_{budget}.json"))
         (tmp_path / "compare.journal.json").unlink()
     monkeypatch.setattr(compare, "evopress", None)
-    more = ("--methods", "dlp", "--refit", 0.5, "--refit-also", *earlier)
+    more = ("--methods", "dlp", "--refit", 0.5, 0.5, "--refit-also", *reversed(earlier), earlier[1])
     assert call(compare, *words, *more) == 0
     rows = [r for r in read(tmp_path)[1] if r["table"] == "refitted"]
     assert len(rows) == 3

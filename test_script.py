@@ -249,6 +249,7 @@ def bad_inputs(small, text, tmp_path):
     """[(reason, script, its command line)]: the first five run as processes of their own."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("x = 1")
+    (tmp_path / "one.txt").write_text("x = 1\n" * 40)  # 160 to 200 tokens: one window of 128
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     other = write_small(tmp_path / "other", vocab_size=100)
@@ -270,6 +271,9 @@ def bad_inputs(small, text, tmp_path):
         ("do not belong together", *half, other, *out),
         ("empty.txt is empty", *again, tmp_path / "empty.txt", *out),
         ("shorter than one window", *again, tmp_path / "short.txt", *out),
+        ("one.txt is too short to be split", *again, tmp_path / "one.txt", *out),
+        ("argument --seed", *base, "--sparsity", 0.5, "--seed", -1, *out),
+        ("argument --seed", train, "--model", small, "--seed", 2**63, *out),
         ("for 12 blocks, the model has 3", *again, text, *strange, *out),
         ("existing exists already", *half, small, "--uniform", "--out", tmp_path / "existing"),
         ("cannot be read", train, "--model", small, "--data", tmp_path / "nowhere.txt", *out),
