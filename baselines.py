@@ -297,7 +297,8 @@ def knapsack(damages, units):
 
 
 def dynamic_program(damages, sizes, target):
-    """EvoPress's own baseline: the levels of lowest summed damage, as if damages only added up.
+    """The levels of lowest summed damage, as if damages only added up. EvoPress's own baseline is
+    this on squared errors of outputs; measured KL is a stronger form of it.
 
     damages   (D, L + 1) of `damages_alone`, each matrix one row;  sizes: D weights, whole numbers
     Budgets are in units of the sizes' common divisor, so nothing is rounded but the wanted count:

@@ -285,8 +285,9 @@ def show_requests(rows, inputs):
 def show_text(table, text, tokens, served):
     at = ", ".join(map(str, perplexities(served)))
     print(
-        f"\n{text}, {tokens} tokens that no choice ever saw; KL as a ratio to uniform's at equal"
-        f" counted sparsity, geometric mean over {served[0]:g} to {served[-1]:g}\n"
+        f"\n{text}, {tokens} tokens that neither calibration nor search saw; KL as a ratio to"
+        f" uniform's at equal counted sparsity, geometric mean over {served[0]:g} to"
+        f" {served[-1]:g}\n"
         f"{'method':<24} {'evaluations':>11} {'seconds':>10} {'shared':>8} {'each':>8}"
         f"   KL ratio  ± seeds   worst   perplexity at {at}"
     )

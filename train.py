@@ -203,7 +203,9 @@ def show(rows):
     """Print the table of each text, then where StratNet wins and where it does not."""
     for text in dict.fromkeys(r["test"] for r in rows):
         mine = [r for r in rows if r["test"] == text]
-        print(f"\n{text}, {mine[0]['tokens']} tokens that no choice ever saw\n{HEAD}")
+        print(
+            f"\n{text}, {mine[0]['tokens']} tokens that neither calibration nor search saw\n{HEAD}"
+        )
         uniform, learned = ([r for r in mine if r["method"] == m] for m in ("uniform", "unicuco"))
         wins, losses = [], []
         for u, s in zip(uniform, learned):

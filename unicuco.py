@@ -14,7 +14,7 @@ Shapes    B requests, D sparsities of a strategy, n strategies measured, c candi
   size         f1(x) = 1 - share . x      fraction of block weights that survive: exact, free
   divergence   f2(x) = KL(dense||pruned)  nats per token: costly, no gradient; the GP learns log f2
   scaled       f1', f2'                   (MAX - share . x) / MAX and (y - lo) / (hi - lo)
-  ideal        z*                         (-0.05, -0.05), a little better than anything reachable
+  ideal        z*                         (-0.05, -0.05), a little better than what requests ask for
   net          h_phi                      StratNet: request -> strategy
 
 Laptop    python unicuco.py            (20 s; Algorithm 1 on a toy f2: front, StratNet, uniform;
@@ -35,7 +35,7 @@ from gp import MEANS, CurvatureMean, GaussianProcess, PriorOnly
 from script import Refused, replacing
 
 RATE = 4e-3  # of Adam, where StratNet starts from a table of curvature
-MAX = 0.9  # no block loses more
+MAX = 0.9  # no matrix loses more
 IDEAL = -0.05  # z*, the same for both scaled objectives
 AUGMENT = 0.02  # weight of the sum in the augmented Tchebycheff value
 CLAMP = 12.0  # logits beyond this are saturated: a shift could not move them
