@@ -37,12 +37,12 @@ def uniform(blocks, sparsity):
 class Target:
     """What each search below is asked for: a strategy with the count of uniform at `sparsity`.
 
-    blocks             length of a strategy: d, or 7 d for one over matrices
+    places             length of a strategy: d, or 7 d for one over matrices
     counted_sparsity   strategy (d,) -> fraction of weights that it drops, as Pruner.sparsity
     """
 
     sparsity: float
-    blocks: int
+    places: int
     counted_sparsity: Callable
 
     def met_by(self, strategy):
@@ -51,11 +51,11 @@ class Target:
 
     def moved(self, logits):
         """The strategy (d,) of `logits` (d,), shifted so."""
-        count = self.counted_sparsity(uniform(self.blocks, self.sparsity))
+        count = self.counted_sparsity(uniform(self.places, self.sparsity))
         return shift_to(logits, count, self.counted_sparsity)
 
     def uniform(self):
-        return self.met_by(uniform(self.blocks, self.sparsity))
+        return self.met_by(uniform(self.places, self.sparsity))
 
 
 # ---------------------------------------------------------------------------------- OWL and DLP
@@ -326,8 +326,8 @@ def gp_search(f2, target, budget, seed=0, *, initial=12, batch=4, steps=200):
     budget    evaluations of f2;   returns the strategy (d,) of lowest f2
     """
     g = torch.Generator().manual_seed(seed)
-    noise = torch.randn(min(initial, budget) - 1, target.blocks, generator=g, dtype=torch.float64)
-    centre = uniform(target.blocks, target.sparsity)
+    noise = torch.randn(min(initial, budget) - 1, target.places, generator=g, dtype=torch.float64)
+    centre = uniform(target.places, target.sparsity)
     X = [target.uniform()] + [target.met_by(centre + 0.12 * n) for n in noise]
     y = [log_divergence(f2(x)) for x in X]
     while len(X) < budget:

@@ -28,6 +28,9 @@ from train import first_tokens
 # Kernels of other machines add in another order. With units for bfloat16 and without, KL differed
 # by up to 0.05 %; between float32 and bfloat16 by 0.6 %, so rows are rerun in their own dtype.
 TOLERANCE = 0.005
+# A refit amplifies rounding: with H = x^T x off by 1e-7 of its elements, KL of one refit of the
+# embedded model came out at 0.1194 to 0.1197, on other processors at 0.1192 and 0.1198.
+TOLERANCE_REFITTED = 0.01
 
 
 # ------------------------------------------------------------------------------- what can be rerun
@@ -77,7 +80,7 @@ def measured(rows, files, calibration, seed, dtype):
     }
     known, now = {}, []
     for row in rows:
-        refit = bool(row.get("refit")) or row.get("table") == "refitted"
+        refit = is_refitted(row)
         strategy = row.get("strategy", [row["sparsity"]] * len(setting.model.blocks))
         divergence, key = texts[row["text"]], (tuple(strategy), refit, row["text"])
         if key not in known:
@@ -86,6 +89,10 @@ def measured(rows, files, calibration, seed, dtype):
             known[key] = divergence.of_windows.double()
         now.append(float(known[key][: row["tokens"] // divergence.windows.shape[1]].mean()))
     return now
+
+
+def is_refitted(row):
+    return bool(row.get("refit")) or row.get("table") == "refitted"
 
 
 def prune(pruner, strategy, calibration):
@@ -109,10 +116,10 @@ def gigabytes(name, stage):
 
 
 # -------------------------------------------------------------------------------------- the report
-def say(name, what, stored, now, used):
+def say(name, what, stored, now, used, tolerance=TOLERANCE):
     """Print one comparison; whether the number drifted."""
     gap = abs(now - stored) / max(stored, 1e-12)
-    drifted = not gap <= TOLERANCE  # NaN too
+    drifted = not gap <= tolerance  # NaN too
     print(
         f"{name:<29} {what:<28} {stored:9.4f} {now:9.4f} {100 * gap:6.2f} %"
         f"  {'DRIFTED' if drifted else 'ok':<7}  {used}",
@@ -159,8 +166,10 @@ def main(args):
             continue
         rows = [row for _, row in cases]
         for (name, row), kl in zip(cases, measured(rows, *key)):
-            refit = ", refitted" if row.get("refit") or row.get("table") == "refitted" else ""
-            what = f"{row['method']} at {row['sparsity']:g}{refit}"
-            drifted += say(name, what, row["kl"], kl, used.get(name, ""))
-    print(f"{drifted} drifted by more than {100 * TOLERANCE:g} %" if drifted else "nothing drifted")
+            what, tolerance = f"{row['method']} at {row['sparsity']:g}", TOLERANCE
+            if is_refitted(row):
+                what, tolerance = what + ", refitted", TOLERANCE_REFITTED
+            drifted += say(name, what, row["kl"], kl, used.get(name, ""), tolerance)
+    allowed = f"{100 * TOLERANCE:g} %, a refit {100 * TOLERANCE_REFITTED:g} %"
+    print(f"{drifted} drifted by more than {allowed}" if drifted else "nothing drifted")
     sys.exit(1 if drifted else 0)
