@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from gp import SHIFT
 from model import LINEARS
+from script import Refused
 
 LEVELS = 16
 ROWS = 1024  # of a matrix, summed at a time
@@ -117,7 +118,7 @@ def pieces_of(windows, generator, passes=PASSES, tokens=PASS_TOKENS):
 
 def damage_table(pruner, windows, passes=PASSES, tokens=PASS_TOKENS, seed=0):
     """c_m at the levels 1 / LEVELS to 1, (d, 7, LEVELS) float64 in nats per token, of the dense
-    model on some of windows (n, T).
+    model on some of windows (n, T). Refused where its gradients overflow, as float16 may.
     """
     pruner.restore()
     generator = torch.Generator().manual_seed(seed)
@@ -126,6 +127,9 @@ def damage_table(pruner, windows, passes=PASSES, tokens=PASS_TOKENS, seed=0):
     device = pruner.model.embed.weight.device
     for window in tqdm(chosen.to(device), desc="curvature", disable=None, leave=False):
         add_pass(pruner, window, generator, table)
+    if not table.isfinite().all():
+        dtype = str(pruner.live[0][0].dtype)[6:]
+        raise Refused(f"the dense model's gradients overflow in {dtype}: try --dtype float32")
     return table / len(chosen)
 
 

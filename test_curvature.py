@@ -16,6 +16,7 @@ from llama import load_llama
 from model import LINEARS
 from offload import offload_blocks
 from ranks import Pruner, keep_mask
+from script import Refused
 
 
 def test_dropped_sums_on_a_matrix_worked_by_hand(monkeypatch):
@@ -135,3 +136,12 @@ def test_sums_by_pieces_of_rows_are_those_of_the_whole_matrix_bit_for_bit(monkey
     dropped = ranks < 37 / 2  # level 8 of 16
     expected = (G.double() * W.double() * dropped).sum(1)
     assert torch.allclose(whole[:, 7], expected, rtol=1e-6, atol=1e-6)  # float32 sums
+
+
+def test_gradients_that_overflow_are_refused_in_one_line(monkeypatch):
+    windows = torch.randint(3, 512, (2, 32), generator=torch.Generator().manual_seed(0))
+    pruner = Pruner(random_model(), windows)
+    real = curvature.output_gradient
+    monkeypatch.setattr(curvature, "output_gradient", lambda *a: real(*a) * math.inf)
+    with pytest.raises(Refused, match="overflow in float32: try --dtype float32"):
+        curvature.read_curves(pruner, windows)
