@@ -415,6 +415,10 @@ def refitted_tiny_says():
     return refitted_says(comparison("tiny-refitted")[1])
 
 
+def refitted_dynamic():
+    return refitted_block(comparison("smollm2-dynamic")[1])
+
+
 def refitted_strong():
     return refitted_block(comparison("smollm2-strong")[1])
 
@@ -659,7 +663,8 @@ def compare_large_says():
     return bullets(says("tiny-large"))
 
 
-BUDGETS = ("smollm2-opponents", "smollm2-blocks", "smollm2-matrices")  # of one seed, same tokens
+# of one seed and the same tokens
+BUDGETS = ("smollm2-opponents", "smollm2-blocks", "smollm2-matrices", "smollm2-dynamic")
 
 
 def budgets():
@@ -910,6 +915,7 @@ BLOCKS = {
         refitted_opponents,
         refitted_opponents_says,
         refitted_strong,
+        refitted_dynamic,
         smollm2_budgets,
         smollm2_budgets_says,
         compare_present,
