@@ -317,9 +317,9 @@ def show_refitted(rows):
     )
     for r in refitted_table(rows):
         means = [statistics.mean(r[key]) for key in ("ratio", "of_bare_uniform", "ppl")]
+        ratio = "-" if math.isnan(means[0]) else f"{means[0]:.3f}"
         print(
-            f"{r['method']:<32} {r['sparsity']:8.2f} {means[0]:10.3f} {means[1]:12.3f}"
-            f" {means[2]:12.2f}"
+            f"{r['method']:<32} {r['sparsity']:8.2f} {ratio:>10} {means[1]:12.3f} {means[2]:12.2f}"
         )
 
 
