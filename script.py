@@ -191,8 +191,8 @@ def add_texts(parser, tokens_help="tokens of one measurement of f2", windows=32)
 
 def a_seed(text):
     """The number of a --seed, 0 to 2^63 - 1: what torch and numpy both take."""
-    if not text.isdecimal() or int(text[:20]) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is none, from 0 to 2^63 - 1")
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 0 to 2^63 - 1")
     return int(text)
 
 
