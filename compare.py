@@ -89,11 +89,11 @@ SURVIVORS = (4, 2)  # of EvoPress's children, after a quarter and after a half o
 MATRIX_STEP = 0.2  # of EvoPress over matrices, best of 0.05, 0.1 and 0.2 (RESULTS.md)
 LEAST = 9  # evaluations of EvoPress: uniform pruning and one generation
 JOURNAL = "compare.journal.json"  # in --out
-HARD = (0.5, 0.6)  # requests whose strategies are read a whole text and asked zero-shot tasks
+HARD = (0.5, 0.6)  # requests whose strategies are read a longer text and asked zero-shot tasks
 COSTS = ("evaluations", "seconds", "shared_evaluations", "shared_seconds")
 ANSWER = ("seed", "method", "sparsity", *COSTS, "strategy")  # how a row came to be
 SURE = 0.95  # probability of what is said of text that no search saw
-LONG = 65536  # tokens of that text that they are read for seeds after the first
+LONG = 65536  # tokens of that text, at most
 
 
 # ------------------------------------------------------------------------------------- searching
@@ -605,12 +605,12 @@ def hard(answers):
     return [answers[0] | dense] + [a for a in chosen if a["method"] != METHODS["constant"]]
 
 
-def long_text(run, tokens=None):
-    """The first test text, its first `tokens` if given, in windows as long as the model takes, at
-    most 2048: {name: windows}."""
+def long_text(run):
+    """The first LONG tokens of the first test text, in windows as long as the model takes, at most
+    2048: {name: windows}."""
     text, windows = next(iter(run.setting.held_out.items()))
     length = min(2048, run.setting.model.config.max_position_embeddings)
-    return {text: cut(windows.flatten()[:tokens], length)}
+    return {text: cut(windows.flatten()[:LONG], length)}
 
 
 def ask_all(run, answers):
@@ -639,7 +639,7 @@ def one_seed(args, seed, journal, device, dtype):
     """All rows of one seed: search, then measure what was found."""
     first = seed == args.seed
     run = start(argparse.Namespace(**vars(args) | {"seed": seed}), journal, device, dtype)
-    long = long_text(run, None if first else LONG) if args.tasks else {}
+    long = long_text(run) if args.tasks else {}
     answers = find_all(run)
     rows = []
     if args.tasks:
@@ -761,8 +761,8 @@ def add_judging(parser):
     some = {"nargs": "+", "default": (), "metavar": "FILE"}
     parser.add_argument("--refit-also", type=Path, **some, help=before)
     tasks = (
-        "also, at 0.5 and 0.6: zero-shot tasks (see eval.py) and all of the first test text, for"
-        " the first seed; 65536 tokens of it for the others"
+        "also, at 0.5 and 0.6: 65536 tokens of the first test text, and for the first seed the"
+        " zero-shot tasks (see eval.py)"
     )
     parser.add_argument("--tasks", type=Path, metavar="DIR", help=tasks)
     parser.add_argument("--limit", **number, default=500, help="documents of each task")
