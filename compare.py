@@ -83,6 +83,7 @@ from unicuco import (
     search,
     softened,
     strategy_for,
+    trained_on_table,
 )
 
 SURVIVORS = (4, 2)  # of EvoPress's children, after a quarter and after a half of the tokens
@@ -91,7 +92,8 @@ LEAST = 9  # evaluations of EvoPress: uniform pruning and one generation
 JOURNAL = "compare.journal.json"  # in --out
 HARD = (0.5, 0.6)  # requests whose strategies are read a longer text and asked zero-shot tasks
 COSTS = ("evaluations", "seconds", "shared_evaluations", "shared_seconds")
-ANSWER = ("seed", "method", "sparsity", *COSTS, "strategy")  # how a row came to be
+# how a row came to be; unmeasured: of UniCuCo, the strategy before it measured, for a refit
+ANSWER = ("seed", "method", "sparsity", *COSTS, "strategy", "unmeasured")
 SURE = 0.95  # probability of what is said of text that no search saw
 LONG = 65536  # tokens of that text, at most
 
@@ -334,10 +336,12 @@ def by_unicuco(run, method, mean):
     args = run.args
     # with the steps and what is kept, so that an earlier version's answers are not taken for these
     key = f"{args.seed} {method}, {args.initial} and up to {args.rounds} rounds of"
-    key += f" {SearchSettings.steps} steps, with a factor"
+    key += f" {SearchSettings.steps} steps, with a factor, and unmeasured"
     made = run.journal(key, partial(learned, run, mean))
     return [
-        answer(run, method, float(s), found, made) | foreseen(found, made)
+        answer(run, method, float(s), found, made)
+        | foreseen(found, made)
+        | {"unmeasured": found["unmeasured"]}
         for s, found in made["strategies"].items()
     ]
 
@@ -382,13 +386,21 @@ def learned(run, mean):
         "factor": statistics.median(factors) if factors else None,
         "strategies": {},
     }
+    before = None if curves is None else trained_on_table(layout, curves, args.seed).net
     for s in and_ends(run):
-        find = partial(strategy_for, found.net, counted_sparsity=run.pruner.sparsity)
-        answered = timed(run, find, s)
-        x = torch.tensor([answered["strategy"]], dtype=torch.float64)
-        log_kl, std = found.gp.posterior(x)
-        predicted = {"log_kl": log_kl.item(), "std": std.item()}
-        made["strategies"][str(s)] = answered | {"predicted": predicted}
+        made["strategies"][str(s)] = answered(run, found, before, s)
+    return made
+
+
+def answered(run, found, before, sparsity):
+    """Of what a search found, as `timed` for one request; what the surrogate predicts of it; and
+    what StratNet said before it measured, None without a table of curvature.
+    """
+    counted = run.pruner.sparsity
+    made = timed(run, partial(strategy_for, found.net, counted_sparsity=counted), sparsity)
+    log_kl, std = found.gp.posterior(torch.tensor([made["strategy"]], dtype=torch.float64))
+    made["predicted"] = {"log_kl": log_kl.item(), "std": std.item()}
+    made["unmeasured"] = before and strategy_for(before, sparsity, counted).tolist()
     return made
 
 
@@ -532,8 +544,10 @@ def refitted_all(run, answers, texts, owned):
 
 
 def softer(run, answer):
-    """The answer with the strategy that prune.py would refit, nearer to uniform: all alike."""
-    strategy = answer["strategy"]
+    """The answer with the strategy that prune.py would refit: UniCuCo's from before it measured,
+    and all nearer to uniform.
+    """
+    strategy = answer.get("unmeasured") or answer["strategy"]
     if len({*strategy}) == 1:  # uniform already
         return answer
     return answer | {"strategy": softened(strategy, CONTRAST, run.pruner.sparsity).tolist()}
@@ -560,7 +574,7 @@ def found_before(args):
         rows = [r for r in rows if r["text"] == rows[0]["text"] and family(r["method"]) not in here]
         again = {family(r["method"]) for r in rows}
         answers = [a for a in answers if family(a["method"]) not in again]
-        answers += [{key: r[key] for key in ANSWER} for r in rows]
+        answers += [{key: r.get(key) for key in ANSWER} for r in rows]
     return without_smaller(answers)
 
 

@@ -73,12 +73,11 @@ from script import (
 )
 from unicuco import (
     Layout,
-    Trained,
     cap_divergence,
     load_stratnet,
     softened,
     strategy_for,
-    trained_on_prior,
+    trained_on_table,
 )
 
 
@@ -207,16 +206,10 @@ def stamps(folder):
 
 
 def stratnet_from_curvature(pruner, windows, seed):
-    """Trained on the table of curvature alone, in seconds: what serves where train.py never ran.
-    Its answers are within 0.2 to 1.1 % of direct optimisation of the same curves (RESULTS.md).
-    """
+    """Trained on the table of curvature alone: what serves where train.py never ran."""
     curves = torch.stack(read_curves(pruner, windows, seed))
     layout = Layout(len(pruner.live), pruner.d_in * pruner.d_out)
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    net, scale = trained_on_prior(layout, curves, 800, generator)
-    nothing = torch.empty(0, len(layout.share), dtype=torch.float64)
-    return Trained(net, layout, scale, nothing, nothing[:, 0], curves, {"mean": "curvature"})
+    return trained_on_table(layout, curves, seed)
 
 
 class Service:
@@ -245,19 +238,27 @@ class Service:
         self.source_zeros = self.pruner.zeros()
         if self.method == "curvature":
             self.trained = stratnet_from_curvature(self.pruner, self.calibration, args.seed)
+        self.net = self.stratnet()
+
+    def stratnet(self):
+        """The StratNet that answers, None: uniform. Behind a refit that of the table alone."""
+        trained = self.trained
+        if self.method == "unicuco" and self.args.refit:
+            trained = trained.unmeasured(self.args.seed)
+        return trained and trained.net
 
     def curve(self, sparsity):
         """The strategy for a sparsity: StratNet's (D,), or uniform (d,)."""
-        if self.trained is None:
+        if self.net is None:
             return torch.full((len(self.model.blocks),), sparsity, dtype=torch.float64)
-        return strategy_for(self.trained.net, sparsity, self.pruner.sparsity)
+        return strategy_for(self.net, sparsity, self.pruner.sparsity)
 
     def surrogate(self, predicts):
         """What `strategy_of` asks; if it predicts, the GP is fitted again, from StratNet's data."""
         trained = self.trained
         gp = trained.gp() if trained is not None and predicts else None
-        net, sure = trained and trained.net, self.args.confidence
-        return Surrogate(self.curve, net, gp, self.measure, self.bytes, sure)
+        sure = self.args.confidence
+        return Surrogate(self.curve, self.net, gp, self.measure, self.bytes, sure)
 
     def measure(self, strategy):
         """KL of the model that would be delivered, refitted if it would be: as measured, or what
@@ -274,7 +275,7 @@ class Service:
 
     def delivered(self, strategy):
         """The strategy (D,) that is applied: nearer to uniform if survivors are refitted."""
-        if self.trained is None or not self.args.refit:
+        if self.net is None or not self.args.refit:
             return strategy
         return softened(strategy, CONTRAST, self.pruner.sparsity)
 

@@ -717,6 +717,25 @@ def test_what_other_comparisons_found_is_refitted_by_the_largest_budget_and_not_
         assert r["kl"] != found[r["method"]]["kl"]
 
 
+def test_behind_a_refit_unicuco_answers_as_before_it_measured_found_here_or_in_another_comparison(
+    small, text, tmp_path, short
+):
+    words = (*options(small, text, tmp_path), "--served", 0.5, "--refit", 0.5)
+    assert call(compare, *words, "--methods", "unicuco", "curvature") == 0
+    found = {(r["table"], r["method"]): r for r in read(tmp_path)[1]}
+    ours, before = (
+        {table: found[table, name] for table in ("requests", "refitted")}
+        for name in ("UniCuCo", "UniCuCo, nothing measured")
+    )
+    assert ours["requests"]["strategy"] != before["requests"]["strategy"]
+    assert ours["refitted"]["strategy"] == before["refitted"]["strategy"]
+    assert ours["refitted"]["kl"] == before["refitted"]["kl"] != ours["requests"]["kl"]
+    earlier = (tmp_path / "compare.json").rename(tmp_path / "earlier.json")
+    assert call(compare, *words, "--methods", "--refit-also", earlier, "--force") == 0
+    again = {(r["table"], r["method"]): r for r in read(tmp_path)[1]}
+    assert again["refitted", "UniCuCo"]["strategy"] == ours["refitted"]["strategy"]
+
+
 def test_answers_of_another_model_or_without_a_seed_asked_are_refused(
     small, text, tmp_path, short, capsys
 ):

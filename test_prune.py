@@ -4,6 +4,7 @@ Scores, ranks, masks and counts: worked by hand, by property, and on the command
 Run       pytest test_prune.py        (each tolerance has its dtype beside it)
 """
 
+import argparse
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import curvature
 import eval as evaluation
 import prune
 import ranks
@@ -453,9 +455,7 @@ def test_a_pattern_keeps_the_count_that_it_prints(small, text, tmp_path, refitte
 @pytest.fixture
 def quick_prior(monkeypatch):
     """StratNet of the table alone after 200 steps."""
-    monkeypatch.setattr(
-        prune, "trained_on_prior", lambda a, b, _, g: unicuco.trained_on_prior(a, b, 200, g)
-    )
+    monkeypatch.setattr(unicuco, "TABLE_STEPS", 200)
 
 
 def test_without_a_stratnet_curvature_chooses_and_says_so(
@@ -725,14 +725,14 @@ def test_two_values_of_seed_and_metric_give_two_models_and_one_value_gives_one(
     assert digests["same"] == digests["again"] and len(set(digests.values())) == 3
 
 
-def trained_for(small, path, seed=0, **about):
+def trained_for(small, path, seed=0, curves=None, **about):
     """A random StratNet in a file, with settings `about`."""
     net = random_net(21, seed=seed)
     X = torch.rand(3, 21, dtype=torch.float64) * 0.8
     sizes = torch.tensor([64 * 64.0, 64 * 32, 64 * 32, 64 * 64, 64 * 96, 64 * 96, 64 * 96])
     about = {"mean": "blocks", **about}
     scale = unicuco.Scale(-5.0, 1.0)
-    made = unicuco.Trained(net, unicuco.Layout(3, sizes), scale, X, X[:, 0].log(), None, about)
+    made = unicuco.Trained(net, unicuco.Layout(3, sizes), scale, X, X[:, 0].log(), curves, about)
     path.parent.mkdir(parents=True, exist_ok=True)
     unicuco.save_stratnet(path, made)
     return path
@@ -784,6 +784,31 @@ def test_a_strategy_is_nearer_to_uniform_where_survivors_are_refitted_and_counts
     refitted, pruned = (unicuco.to_logits(x.double()).diff() for x in strategies)
     # but for the one matrix that is a step of its count off
     assert (refitted - refit.CONTRAST * pruned).abs().median() < 1e-5  # float64, 30-fold bisected
+
+
+def test_behind_a_refit_the_table_of_a_stratnet_answers_and_not_what_it_was_taught_by_measuring(
+    small, text, tmp_path, monkeypatch, quick_prior
+):
+    monkeypatch.chdir(tmp_path)  # where no StratNet of an earlier run is found
+    args = {"model": small, "data": text, "test": None, "seqlen": 64, "calibration": 4, "seed": 0}
+    setting = prune.prepare(argparse.Namespace(**args), torch.device("cpu"), torch.float32, 1)
+    pruner = Pruner(setting.model, setting.calibration)
+    curves = torch.stack(curvature.read_curves(pruner, setting.calibration, 0))
+    path = trained_for(small, tmp_path / "net.safetensors", curves=curves, mean="curvature")
+    ways = {
+        "table": ("--refit",),
+        "refitted": ("--refit", "--stratnet", path),
+        "pruned": ("--no-refit", "--stratnet", path),
+    }
+    found = {}
+    for name, way in ways.items():
+        words = (*options(small, text), "--dtype", "float32", "--sparsity", 0.5, *way)
+        assert call(prune, *words, "--dry-run", "--json", f"{name}.json") == 0
+        (row,) = json.loads((tmp_path / f"{name}.json").read_text())
+        found[name] = torch.tensor(row["strategy"], dtype=torch.float64)
+    # a file has sizes as shares: their last bits differ, which 200 steps of training amplify
+    torch.testing.assert_close(found["refitted"], found["table"], rtol=1e-6, atol=0)  # float64
+    assert (found["pruned"] - found["table"]).abs().max() > 0.01
 
 
 def test_a_stratnet_of_other_weights_or_another_metric_is_refused(small, text, tmp_path, capsys):

@@ -30,13 +30,13 @@ COUNTS = 4, 8, 16  # windows that a request measures
 
 
 class Tabulated:
-    """KL of 64 held-out windows, and what the GP says, at steps of sparsity, of tiny and its
-    StratNet.
+    """KL of 64 held-out windows, and what the GP says, at steps of sparsity, of tiny and the
+    StratNet that answers for it, refitted or not.
 
     curve     the strategy of every step;  guesses: (mean, std) of its log KL
     """
 
-    def __init__(self):
+    def __init__(self, refitted):
         args = argparse.Namespace(model=TINY, data=None, test=None, seqlen=None, seed=0)
         args.calibration, args.refit = CALIBRATION, False
         self.setting = prepare(args, torch.device("cpu"), torch.bfloat16, 1)
@@ -46,7 +46,8 @@ class Tabulated:
         self.divergence = Divergence(self.setting.model, windows)
         trained = find_stratnet(None, TINY, len(self.setting.model.blocks))
         sparsities = [k * STEP for k in range(1, round(MAX / STEP) + 1)]
-        self.curve = [strategy_for(trained.net, s, self.pruner.sparsity) for s in sparsities]
+        net = (trained.unmeasured() if refitted else trained).net
+        self.curve = [strategy_for(net, s, self.pruner.sparsity) for s in sparsities]
         self.guesses = trained.gp().posterior(torch.stack(self.curve))
         self.guesses = [(float(mean), float(std)) for mean, std in zip(*self.guesses)]
 
@@ -132,9 +133,10 @@ def main():
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    table, rows = Tabulated(), []
-    for model, make, every in (("as pruned", table.pruner.apply, 3), ("refitted", table.refit, 6)):
-        kls = table.kls(make, every)
+    rows = []
+    for model, refitted, every in (("as pruned", False, 3), ("refitted", True, 6)):
+        table = Tabulated(refitted)
+        kls = table.kls(table.refit if refitted else table.pruner.apply, every)
         for p in (0.5, 0.9, 0.95):
             rows += [{"model": model} | promise(p, n, args.requests, table, kls) for n in COUNTS]
     for row in rows:
