@@ -596,7 +596,7 @@ def announce(args, service, table, where):
         f" calibrated on {service.calibration.numel()} tokens, measured on {service.test.numel()}"
         f" of {service.text}"
     )
-    if service.method == "curvature":
+    if service.method == "curvature" and not args.refit:
         table.say("no StratNet of this model: curvature alone chooses; python train.py makes one")
     if service.source_zeros > 0.01:
         table.say(

@@ -787,7 +787,7 @@ def test_a_strategy_is_nearer_to_uniform_where_survivors_are_refitted_and_counts
 
 
 def test_behind_a_refit_the_table_of_a_stratnet_answers_and_not_what_it_was_taught_by_measuring(
-    small, text, tmp_path, monkeypatch, quick_prior
+    small, text, tmp_path, monkeypatch, capsys, quick_prior
 ):
     monkeypatch.chdir(tmp_path)  # where no StratNet of an earlier run is found
     args = {"model": small, "data": text, "test": None, "seqlen": 64, "calibration": 4, "seed": 0}
@@ -806,6 +806,7 @@ def test_behind_a_refit_the_table_of_a_stratnet_answers_and_not_what_it_was_taug
         assert call(prune, *words, "--dry-run", "--json", f"{name}.json") == 0
         (row,) = json.loads((tmp_path / f"{name}.json").read_text())
         found[name] = torch.tensor(row["strategy"], dtype=torch.float64)
+    assert "train.py" not in capsys.readouterr().out  # it would change nothing
     # a file has sizes as shares: their last bits differ, which 200 steps of training amplify
     torch.testing.assert_close(found["refitted"], found["table"], rtol=1e-6, atol=0)  # float64
     assert (found["pruned"] - found["table"]).abs().max() > 0.01
