@@ -6,7 +6,7 @@ Reading   7 of 9. Before: ranks.py, which knows what goes first. Next: train.py.
 Shapes    d blocks of 7 Linears, W (d_out, d_in), strategies (d,) or one sparsity for each Linear,
           (d, 7); windows (n, T) of tokens.
 
-Laptop    python prune.py --sparsity 0.5                  (15 s; ends with the folder that it wrote)
+Laptop    python prune.py --sparsity 0.5                  (20 s; ends with the folder that it wrote)
 Full      python prune.py --model ~/Llama-2-7b-hf --data c4.jsonl --sparsity 0.3 0.5 0.7
 """
 

@@ -11,6 +11,7 @@ Laptop    python plot.py --tables      (2 s; rewrites the blocks, test_plot.py c
 import contextlib
 import io
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -60,7 +61,9 @@ def bullets(sentences):
 
 
 def pm(values, digits):
-    """Mean ± standard deviation over seeds; of one seed the value alone."""
+    """Mean ± standard deviation over seeds; of one seed the value alone; "-" of what is NaN."""
+    if any(math.isnan(value) for value in values):
+        return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -166,13 +169,27 @@ def refit_rows(model):
 
 
 def present(model="smollm2"):
-    """Rows of both methods in their present form on a real model, all seeds, as `refit_rows` has
-    them: of results/compare-MODEL-seed*.json.
+    """Rows of both methods in their present form on a real model, as pruned, all seeds, as
+    `refit_rows` has them: of results/compare-MODEL-seed*.json.
     """
+    return as_refit_rows(r for r in of_seeds(model) if r["table"] == "requests")
+
+
+def delivered():
+    """Rows of SmolLM2 refitted as prune.py does, by what StratNet says before it measured, beside
+    uniform as pruned; all seeds, on fewer tokens than `present`.
+    """
+    ours = {METHODS["curvature"]: UNICUCO}
+    rows = of_seeds("smollm2-low") + of_seeds("smollm2-refit")
+    rows = [r for r in rows if r["method"] != UNICUCO]  # refitted as searched
+    return [r | {"method": ours.get(r["method"], r["method"])} for r in rows]
+
+
+def as_refit_rows(rows):
     names = {"uniform": "uniform", UNICUCO: "unicuco"}
     return [
         r | {"method": names[r["method"]], "refit": r["table"] == "refitted"}
-        for r in of_seeds(model)
+        for r in rows
         if r["method"] in names
     ]
 
@@ -225,58 +242,45 @@ def refit_tiny_perplexity():
     return markdown(["perplexity at " + head[0], *head[1:]], rows)
 
 
-def of_each_text(make):
-    """(lines, head) of a table of the present form on SmolLM2, a line for each text and sparsity;
-    make: what makes one text's.
+def over_bare_uniform(rows):
+    """{(method, refit, sparsity): KL over that of uniform as pruned, of each seed}, geometric mean
+    over the texts; rows as those of `present`.
     """
-    lines = []
-    for text, mine in grouped(present(), "text").items():
-        rows, head = make(grouped(mine, "method", "refit", "sparsity"))
-        lines += [[f"{TEXTS[text]}, {row[0]}", *row[1:]] for row in rows]
-    return lines, ["text, sparsity", *head[1:]]
+    kl = {(r["method"], r["refit"], r["sparsity"], r["seed"], r["text"]): r["kl"] for r in rows}
+    found = {}
+    for (*key, seed), mine in grouped(rows, "method", "refit", "sparsity", "seed").items():
+        ratios = (r["kl"] / kl["uniform", False, r["sparsity"], seed, r["text"]] for r in mine)
+        found.setdefault((*key,), []).append(statistics.geometric_mean(ratios))
+    return found
 
 
-def refit_smollm2():
-    lines, head = of_each_text(refit_ratios)
-    return markdown(head, lines)
+def smollm2_ratios():
+    """`over_bare_uniform` of SmolLM2, as pruned and as delivered."""
+    return over_bare_uniform(as_refit_rows(delivered())) | over_bare_uniform(present())
 
 
-def refit_smollm2_perplexity():
-    lines, head = of_each_text(lambda found: refit_table(found, "ppl", 2))
-    return markdown([f"perplexity at {head[0]}", *head[1:]], lines)
+SHORT = (
+    (("unicuco", False), "**StratNet**"),
+    (("uniform", True), "uniform, refitted"),
+    (("unicuco", True), "**StratNet, refitted**"),
+)
 
 
 def smollm2_short():
-    """KL over that of uniform as pruned, geometric mean over both texts, seed by seed."""
-    rows = present()
-    kl = {(r["method"], r["refit"], r["sparsity"], r["seed"], r["text"]): r["kl"] for r in rows}
-    asked = sorted({r["sparsity"] for r in rows})
-    seeds, texts = (sorted({r[key] for r in rows}) for key in ("seed", "text"))
-    lines = []
-    for method, refit, name in (
-        ("unicuco", False, "**StratNet**"),
-        ("uniform", True, "uniform, refitted"),
-        ("unicuco", True, "**StratNet, refitted**"),
-    ):
-        cells = []
-        for s in asked:
-            ratios = [
-                [kl[method, refit, s, n, t] / kl["uniform", False, s, n, t] for t in texts]
-                for n in seeds
-                if (method, refit, s, n, texts[0]) in kl
-            ]
-            means = [statistics.geometric_mean(of_seed) for of_seed in ratios]
-            cells.append(pm(means, 3) if means else "-")
-        lines.append([name, *cells])
+    """KL over that of uniform as pruned, as pruned and refitted."""
+    found = smollm2_ratios()
+    asked = sorted({s for _, _, s in found})
+    lines = [[name, *(pm(found[(*how, s)], 3) for s in asked)] for how, name in SHORT]
     return markdown(["KL over uniform's at", *(f"{s:g}" for s in asked)], lines)
 
 
 def smollm2_left():
     """StratNet's KL over uniform's, both as pruned and both refitted: what of its gain is left."""
-    lines, asked = [], report.PERPLEXITIES
-    for text, mine in grouped(present(), "text").items():
-        found = grouped(mine, "method", "refit", "sparsity")
+    lines, asked = [], report.QUICK
+    of_texts = [grouped(rows, "text") for rows in (present(), as_refit_rows(delivered()))]
+    for text in of_texts[0]:
         for refit, how in ((False, "as pruned"), (True, "both refitted")):
+            found = grouped(of_texts[refit][text], "method", "refit", "sparsity")
             pairs = [[found[name, refit, s] for name in ("unicuco", "uniform")] for s in asked]
             lines.append([f"{TEXTS[text]}, {how}", *(seed_by_seed(*pair) for pair in pairs)])
     return markdown(["StratNet's KL over uniform's at", *(f"{s:g}" for s in asked)], lines)
@@ -284,35 +288,30 @@ def smollm2_left():
 
 def refit_smollm2_says():
     """What is left of bare uniform's KL: the geometric mean over sparsities and texts, by seed."""
-    found = grouped(present(), "method", "refit", "seed")
+    found = smollm2_ratios()
+    asked = sorted({s for _, _, s in found})
     sentences = []
-    for refit, name in ((False, "StratNet"), (True, "StratNet, refitted")):
-        means = []
-        for seed in sorted({seed for _, _, seed in found}):
-            base = {(r["text"], r["sparsity"]): r["kl"] for r in found["uniform", False, seed]}
-            mine = found["unicuco", refit, seed]
-            ratios = (r["kl"] / base[r["text"], r["sparsity"]] for r in mine)
-            means.append(statistics.geometric_mean(ratios))
-        over = joined(sorted({r["sparsity"] for r in mine}))
+    for how, name in SHORT:
+        by_seed = zip(*(found[(*how, s)] for s in asked))
+        mean = pm([statistics.geometric_mean(seed) for seed in by_seed], 3)
         sentences.append(
-            f"{name}: {pm(means, 3)} of uniform's KL as pruned, geometric mean over both texts at"
-            f" {over}."
+            f"{name.strip('*')}: {mean} of uniform's KL as pruned, geometric mean over both texts"
+            f" at {joined(asked)}."
         )
     return bullets(sentences)
 
 
 def qwen15():
     """KL and perplexity on Qwen2.5-Coder-1.5B, nothing refitted and nothing measured."""
-    found = grouped(comparison("qwen15")[1], "sparsity", "method")
-    rows = []
-    for s in sorted({s for s, _ in found}):
-        (u,), (x,) = found[s, "uniform"], found[s, METHODS["curvature"]]
-        ppl = [f"{r['ppl']:.2f}" for r in (u, x)]
-        rows.append(
-            [f"{s:g}", f"{u['kl']:.4f}", f"{x['kl']:.4f}", f"{x['kl'] / u['kl']:.3f}", *ppl]
-        )
-    head = ["sparsity", "KL, uniform", "KL, StratNet", "StratNet / uniform"]
-    return markdown([*head, "perplexity, uniform", "perplexity, StratNet"], rows)
+    _, rows = comparison("qwen15")
+    rows = [r for r in rows if r["table"] == "requests"]
+    lines = []
+    for (text, s), mine in grouped(rows, "text", "sparsity").items():
+        kl = {r["method"]: r["kl"] for r in mine}
+        for r in mine:
+            cells = f"{r['kl']:.4f}", f"{r['kl'] / kl['uniform']:.3f}", f"{r['ppl']:.2f}"
+            lines.append([f"{TEXTS[text]}, {s:g}, {r['method']}", *cells])
+    return markdown(["text, sparsity, method", "KL", "KL over uniform's", "perplexity"], lines)
 
 
 SIZED = (0.3, 0.5, 0.6)  # sparsities at which models of several sizes were measured
@@ -389,6 +388,11 @@ def refitted_tiny():
 
 
 def refitted_smollm2():
+    return refitted_block(delivered())
+
+
+def refitted_searched():
+    """What measuring taught, refitted: worse than `refitted_smollm2`."""
     return refitted_block(of_seeds("smollm2"))
 
 
@@ -396,19 +400,43 @@ def refitted_opponents():
     return refitted_block(comparison("smollm2-opponents")[1])
 
 
+def refitted_means(rows, asked):
+    """{method: KL over refitted uniform's, one mean over texts and the sparsities `asked`}."""
+    table = [r for r in report.refitted_table(rows) if r["sparsity"] in asked]
+    return {
+        method: statistics.geometric_mean(sum([r["ratio"] for r in mine], []))
+        for method, mine in grouped(table, "method").items()
+        if method != "uniform"
+    }
+
+
 def refitted_says(rows):
     """Each method's refitted KL over refitted uniform's, one mean over texts and sparsities."""
-    table = report.refitted_table(rows)
-    ratios = {
-        method: sum([r["ratio"] for r in mine], [])
-        for method, mine in grouped(table, "method").items()
-    }
-    means = {method: statistics.geometric_mean(of) for method, of in ratios.items()}
-    del means["uniform"]
-    said = ", ".join(f"{method} {means[method]:.3f}" for method in sorted(means, key=means.get))
-    at = joined(sorted({r["sparsity"] for r in table}))
+    asked = {r["sparsity"] for r in rows if r["table"] == "refitted"}
     several = " of both texts" if len(grouped(rows, "text")) > 1 else ""
-    return f"KL over refitted uniform's, geometric mean{several} at {at}: {said}."
+    return (
+        f"KL over refitted uniform's, geometric mean{several} at {joined(sorted(asked))}:"
+        f" {in_order(refitted_means(rows, asked))}."
+    )
+
+
+def in_order(means):
+    return ", ".join(f"{method} {means[method]:.3f}" for method in sorted(means, key=means.get))
+
+
+def refitted_beside():
+    """Of seed 0 on SmolLM2, every method that was refitted at 0.5 and 0.6, each over uniform's of
+    its own run.
+    """
+    asked = 0.5, 0.6
+    means = refitted_means(comparison("smollm2-opponents")[1], asked)
+    means[f"{UNICUCO} as searched"] = means.pop(UNICUCO)
+    means |= refitted_means(comparison("smollm2-dynamic")[1], asked)
+    means |= refitted_means([r for r in delivered() if r["seed"] == 0], asked)
+    return (
+        "KL over refitted uniform's, seed 0, geometric mean of both texts at"
+        f" {joined(asked)}: {in_order(means)}."
+    )
 
 
 def refitted_tiny_says():
@@ -419,12 +447,28 @@ def refitted_dynamic():
     return refitted_block(comparison("smollm2-dynamic")[1])
 
 
+def qwen05_refitted():
+    """Rows of Qwen2.5-Coder-0.5B: the same refit of all at 0.5, SparseGPT at every sparsity."""
+    rows, more = (comparison(f"qwen05-{name}")[1] for name in ("refitted", "evopress"))
+    return rows + [r for r in more if r["method"] != "uniform"]
+
+
+def refitted_qwen05():
+    return refitted_block(qwen05_refitted())
+
+
+def qwen05_evopress_says():
+    """EvoPress and UniCuCo before it measured, as pruned, on each text."""
+    rows = report.with_ratios(qwen05_refitted(), "requests")
+    sentences = []
+    for text, mine in grouped([r for r in rows if r["sparsity"] == 0.5], "text").items():
+        ratios = {r["method"]: r["ratio"] for r in mine if r["method"] != "uniform"}
+        sentences.append(f"{TEXTS[text]}: {in_order(ratios)}.")
+    return bullets(sentences)
+
+
 def refitted_strong():
     return refitted_block(comparison("smollm2-strong")[1])
-
-
-def refitted_opponents_says():
-    return refitted_says(comparison("smollm2-opponents")[1])
 
 
 def rivals_tiny_says():
@@ -462,7 +506,7 @@ def real(stem):
     """{(text, sparsity): {method: rows of all seeds}}, nothing refitted: of a real model the
     present form, else of results/STEM-seed*.json.
     """
-    rows = [r for r in present(stem) if not r["refit"]]
+    rows = present(stem)
     if not rows:
         paths = sorted(RESULTS.glob(f"{stem}-seed[0-9].json"))
         rows = [r | {"text": r["test"]} for p in paths for r in read_rows(results(p.name))]
@@ -534,7 +578,7 @@ def smollm2_predicted():
     """What the surrogate predicted of StratNet's answers, on its search text, beside what was
     measured on others: seeds apart.
     """
-    rows = [r for r in present() if r["method"] == "unicuco" and not r["refit"]]
+    rows = [r for r in present() if r["method"] == "unicuco"]
     lines = []
     for (seed, s), mine in grouped(rows, "seed", "sparsity").items():
         said = mine[0]["predicted"]
@@ -546,7 +590,7 @@ def smollm2_predicted():
 
 def smollm2_predicted_says():
     """How far the last round's predictions were from what was measured on the search text."""
-    rows = [r for r in present() if r["method"] == "unicuco" and not r["refit"]]
+    rows = [r for r in present() if r["method"] == "unicuco"]
     gaps = {r["seed"]: r["last_round_gap"] for r in rows}
     said = " and ".join(f"{gap:.1%} (seed {seed})" for seed, gap in gaps.items())
     return f"Median gap of the last round's four predictions, on the search text: {said}."
@@ -653,6 +697,18 @@ def compare_present_says():
 
 def compare_present_at():
     return at_block("tiny-refitted")
+
+
+def compare_matrices():
+    return requests_block("tiny-matrices")
+
+
+def compare_matrices_says():
+    return bullets(says("tiny-matrices"))
+
+
+def refitted_matrices():
+    return refitted_block(comparison("tiny-matrices")[1])
 
 
 def compare_large():
@@ -899,8 +955,6 @@ BLOCKS = {
         tiny_run,
         refit_tiny,
         refit_tiny_perplexity,
-        refit_smollm2,
-        refit_smollm2_perplexity,
         refit_smollm2_says,
         smollm2_short,
         smollm2_left,
@@ -910,17 +964,23 @@ BLOCKS = {
         sizes,
         refitted_tiny,
         refitted_smollm2,
+        refitted_searched,
         refitted_tiny_says,
         rivals_tiny_says,
         refitted_opponents,
-        refitted_opponents_says,
+        refitted_beside,
         refitted_strong,
+        refitted_qwen05,
+        qwen05_evopress_says,
         refitted_dynamic,
         smollm2_budgets,
         smollm2_budgets_says,
         compare_present,
         compare_present_says,
         compare_present_at,
+        compare_matrices,
+        compare_matrices_says,
+        refitted_matrices,
         compare_large,
         compare_large_says,
         coverage,
