@@ -180,7 +180,7 @@ def by_divergence(request, surrogate):
     The surrogate proposes and each measurement corrects its offset; where that has not halved what
     is open, the middle is measured. NaN is above every budget. With a confidence the posterior is
     trusted more: it proposes by what it is sure of, then aims at the middle of what is enough; two
-    measurements are the rule, three or four of refitted models, which it has never seen.
+    measurements are the rule, three of refitted models, which it has never seen.
     """
     value, low, high, slow = request["value"], 0.0, MAX + STEP, 0
     target = log_divergence(value)
