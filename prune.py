@@ -238,14 +238,15 @@ class Service:
         self.source_zeros = self.pruner.zeros()
         if self.method == "curvature":
             self.trained = stratnet_from_curvature(self.pruner, self.calibration, args.seed)
-        self.net = self.stratnet()
+        self.net, self.method = self.stratnet()
 
     def stratnet(self):
-        """The StratNet that answers, None: uniform. Behind a refit that of the table alone."""
-        trained = self.trained
-        if self.method == "unicuco" and self.args.refit:
-            trained = trained.unmeasured(self.args.seed)
-        return trained and trained.net
+        """The StratNet that answers, None: uniform; and the method that strategy.json names. Behind
+        a refit, of one that has a table of curvature, the table alone.
+        """
+        if self.method == "unicuco" and self.args.refit and self.trained.curves is not None:
+            return self.trained.unmeasured(self.args.seed).net, "curvature"
+        return self.trained and self.trained.net, self.method
 
     def curve(self, sparsity):
         """The strategy for a sparsity: StratNet's (D,), or uniform (d,)."""

@@ -796,16 +796,17 @@ def test_behind_a_refit_the_table_of_a_stratnet_answers_and_not_what_it_was_taug
     curves = torch.stack(curvature.read_curves(pruner, setting.calibration, 0))
     path = trained_for(small, tmp_path / "net.safetensors", curves=curves, mean="curvature")
     ways = {
-        "table": ("--refit",),
-        "refitted": ("--refit", "--stratnet", path),
-        "pruned": ("--no-refit", "--stratnet", path),
+        "table": ("curvature", "--refit"),
+        "refitted": ("curvature", "--refit", "--stratnet", path),
+        "pruned": ("unicuco", "--no-refit", "--stratnet", path),
     }
     found = {}
-    for name, way in ways.items():
+    for name, (method, *way) in ways.items():
         words = (*options(small, text), "--dtype", "float32", "--sparsity", 0.5, *way)
-        assert call(prune, *words, "--dry-run", "--json", f"{name}.json") == 0
-        (row,) = json.loads((tmp_path / f"{name}.json").read_text())
-        found[name] = torch.tensor(row["strategy"], dtype=torch.float64)
+        assert call(prune, *words, "--out", name) == 0
+        record = json.loads((tmp_path / name / "strategy.json").read_text())
+        assert record["method"] == method
+        found[name] = torch.tensor(record["strategy"], dtype=torch.float64)
     assert "train.py" not in capsys.readouterr().out  # it would change nothing
     # a file has sizes as shares: their last bits differ, which 200 steps of training amplify
     torch.testing.assert_close(found["refitted"], found["table"], rtol=1e-6, atol=0)  # float64

@@ -562,12 +562,12 @@ class Trained:
     about: dict
 
     def unmeasured(self, seed=0):
-        """What it was before anything was measured; without a table of curvature, itself.
+        """Trained on its table of curvature alone, as before anything was measured.
 
-        Where survivors are refitted, this serves: measurements of models that were not taught the
-        search how damage compounds from block to block, and a refit undoes just that (RESULTS.md).
+        This serves where survivors are refitted: what measuring teaches is how damage compounds
+        from block to block, and a refit undoes just that (RESULTS.md).
         """
-        return self if self.curves is None else trained_on_table(self.layout, self.curves, seed)
+        return trained_on_table(self.layout, self.curves, seed)
 
     def gp(self):
         """The surrogate, fitted again; nothing measured: the table alone."""
