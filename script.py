@@ -83,7 +83,10 @@ def hush():
 def say(line=""):
     """Print a line at once; a reader who has gone, as `head` does, ends no work."""
     try:
-        print(line, flush=True)
+        # one write: print makes two of it where Python is unbuffered, as it is below torchrun, and
+        # the line of another process comes between
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
     except BrokenPipeError:
         hush()
 

@@ -527,6 +527,18 @@ def test_closed_streams_and_letters_that_they_cannot_show_end_no_work(tmp_path):
     assert end.stdout == "caf?\n" and end.returncode == 0
 
 
+@pytest.mark.parametrize("options", [(), ("-u",)], ids=["buffered", "unbuffered"])
+def test_a_line_is_one_write_so_that_none_of_another_process_comes_between(options):
+    program = "from script import run, say\nrun(lambda: [say('a b'), say(), say('c')])"
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet is a write
+    with ours, theirs:
+        subprocess.run(
+            [sys.executable, *options, "-c", program], cwd=ROOT, stdout=theirs, check=True
+        )
+        ours.settimeout(10)
+        assert [ours.recv(100) for _ in range(3)] == [b"a b\n", b"\n", b"c\n"]
+
+
 def test_under_torchrun_the_first_process_alone_says_what_was_refused(capsys, monkeypatch):
     def refused():
         raise script.Refused("no")
