@@ -310,26 +310,23 @@ def time_gp(table):
     gp = GaussianProcess("constant")
     theirs = BoTorch(X, (y - y.mean()) / y.std())
     with one_thread():
-        ours, others = race(lambda: gp.fit(X, y, use_priors=False), theirs.fit, repeats=1)
-        likelihood = gp.log_marginal_likelihood(gp.theta)[0]
-        table.add(
-            "fit 200 strategies in 30 dimensions, 1 thread",
-            f"BoTorch / ours; log likelihood {theirs.log_likelihood():.2f} / {likelihood:.2f}",
-            others / ours,
-            ours,
-            "at least 5",
-        )
+        time_fit(table, gp, theirs, X, y)
         theirs.model.eval()
-        ours, others = race(
-            lambda: ask(gp.posterior, x), lambda: ask(theirs.posterior, x), repeats=200
-        )
-    table.add(
-        "posterior of 16 strategies with gradients",
-        "BoTorch / ours",
-        others / ours,
-        ours,
-        "at least 4",
-    )
+        time_posterior(table, gp, theirs, x)
+
+
+def time_fit(table, gp, theirs, X, y):
+    ours, others = race(lambda: gp.fit(X, y, use_priors=False), theirs.fit, repeats=1)
+    likelihood = gp.log_marginal_likelihood(gp.theta)[0]
+    against = f"BoTorch / ours; log likelihood {theirs.log_likelihood():.2f} / {likelihood:.2f}"
+    stage = "fit 200 strategies in 30 dimensions, 1 thread"
+    table.add(stage, against, others / ours, ours, "at least 5")
+
+
+def time_posterior(table, gp, theirs, x):
+    ours, others = race(lambda: ask(gp.posterior, x), lambda: ask(theirs.posterior, x), repeats=200)
+    stage = "posterior of 16 strategies with gradients"
+    table.add(stage, "BoTorch / ours", others / ours, ours, "at least 4")
 
 
 class BoTorch:
@@ -430,37 +427,39 @@ def grow(cost, over, sizes, work):
 def slopes():
     """How each cost grows: rows of seconds at four sizes, on Llamas with random weights."""
     print(f"\n{'cost':<44} {'over':<14} {'slope':>6}   seconds at each size")
-    f2 = "one evaluation of f2, "
     rows = [
-        grow(
-            f2 + "4 blocks of width 256",
-            "tokens",
-            [1024, 2048, 4096, 8192],
-            lambda n: evaluating(random_llama(), n),
-        ),
-        grow(
-            f2 + "width 256",
-            "blocks",
-            [4, 8, 16, 32],
-            lambda n: evaluating(random_llama(blocks=n)),
-        ),
-        grow(
-            f2 + "4 blocks",
-            "width",
-            [128, 256, 512, 1024],
-            lambda n: evaluating(random_llama(n)),
-        ),
+        *slopes_of_f2(),
         grow("ranking a square matrix", "width", [512, 1024, 2048, 4096], ranking),
     ]
     with one_thread():
         requests = "serving requests, 4 blocks of width 256"
         rows.append(grow(requests, "requests", [4, 8, 16, 32], serving))
-        sizes = [50, 100, 200, 400]
         with torch.enable_grad():
-            rows.append(grow("fitting the GP, 30 blocks", "evaluations", sizes, fitting))
-            posterior = "posterior of 16 strategies with gradients"
-            rows.append(grow(posterior, "evaluations", sizes, asking))
+            rows += slopes_of_gp()
     return rows
+
+
+def slopes_of_f2():
+    f2, sizes = "one evaluation of f2, ", [1024, 2048, 4096, 8192]
+    return [
+        grow(
+            f2 + "4 blocks of width 256", "tokens", sizes, lambda n: evaluating(random_llama(), n)
+        ),
+        grow(
+            f2 + "width 256", "blocks", [4, 8, 16, 32], lambda n: evaluating(random_llama(blocks=n))
+        ),
+        grow(
+            f2 + "4 blocks", "width", [128, 256, 512, 1024], lambda n: evaluating(random_llama(n))
+        ),
+    ]
+
+
+def slopes_of_gp():
+    sizes = [50, 100, 200, 400]
+    return [
+        grow("fitting the GP, 30 blocks", "evaluations", sizes, fitting),
+        grow("posterior of 16 strategies with gradients", "evaluations", sizes, asking),
+    ]
 
 
 # ---------------------------------------------------------------------------------- command line

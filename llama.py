@@ -188,13 +188,18 @@ def weight_files(folder):
         refuse_link_out(path, folder)
         files[path] = read_header(path)
         if promised is not None:
-            owned = {name for name, file in promised.items() if file == path.name}
-            wrong = set(map(dense_name, files[path])) ^ owned
-            # indices list these though no file has them; a head that is needed is missed later
-            wrong = {n for n in wrong if not n.endswith(("rotary_emb.inv_freq", "lm_head.weight"))}
-            if wrong:
-                raise Refused(f"{path} and the index disagree about the tensor {min(wrong)!r:.200}")
+            check_promise(path, files[path], promised)
     return files
+
+
+def check_promise(path, tensors, promised):
+    """Refused where a shard and the index, {tensor: file name}, disagree about what is in it."""
+    owned = {name for name, file in promised.items() if file == path.name}
+    wrong = set(map(dense_name, tensors)) ^ owned
+    # indices list these though no file has them; a head that is needed is missed later
+    wrong = {n for n in wrong if not n.endswith(("rotary_emb.inv_freq", "lm_head.weight"))}
+    if wrong:
+        raise Refused(f"{path} and the index disagree about the tensor {min(wrong)!r:.200}")
 
 
 def refuse_link_out(path, folder):
@@ -508,20 +513,13 @@ def arguments():
     parser = Parser(__doc__, examples)
     add_model(parser)
     parser.add_argument("--prompt", default="import os\n", help="text to go on from")
-    parser.add_argument(
-        "--tokens", type=int, default=64, metavar="N", help="how many tokens to write"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
-    )
+    number = {"type": int, "metavar": "N"}
+    parser.add_argument("--tokens", **number, default=64, help="how many tokens to write")
+    likeliest = "0 takes the likeliest token"
+    parser.add_argument("--temperature", type=float, default=0.0, help=likeliest)
     parser.add_argument("--seed", type=a_seed, default=0, help="of the draws")
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        nargs=2,
-        metavar="DIR",
-        help="show what two models write, side by side",
-    )
+    two = {"type": Path, "nargs": 2, "metavar": "DIR"}
+    parser.add_argument("--compare", **two, help="show what two models write, side by side")
     args = parser.parse_args()
     if args.tokens < 1 or not args.temperature >= 0:
         raise Refused("--tokens must be at least 1 and --temperature at least 0")

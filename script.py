@@ -161,35 +161,21 @@ def add_model(parser):
 
 def add_texts(parser, tokens_help="tokens of one measurement of f2", windows=32):
     """The options of every script that calibrates on one text and measures on another."""
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="text to choose on (default: the embedded default text)",
-    )
-    parser.add_argument(
-        "--test",
-        type=Path,
-        nargs="+",
-        action="extend",
-        metavar="FILE",
-        help="texts to measure on (default: held-out part of --data)",
-    )
+    file, number = {"type": Path, "metavar": "FILE"}, {"type": int, "metavar": "N"}
+    chosen_on = "text to choose on (default: the embedded default text)"
+    parser.add_argument("--data", **file, help=chosen_on)
+    measured_on = "texts to measure on (default: held-out part of --data)"
+    parser.add_argument("--test", **file, nargs="+", action="extend", help=measured_on)
+    tokens_help += " (default: {cpu} on the CPU, {cuda} on a GPU)".format(**TOKENS)
+    parser.add_argument("--tokens", **number, help=tokens_help)
     calibration = "calibration windows"
     if windows is None:
         calibration += " (default: 64, with --no-refit 32, or all that --data has)"
-    tokens_help += " (default: {cpu} on the CPU, {cuda} on a GPU)".format(**TOKENS)
-    parser.add_argument("--tokens", type=int, metavar="N", help=tokens_help)
-    parser.add_argument("--calibration", type=int, default=windows, metavar="N", help=calibration)
-    parser.add_argument(
-        "--seqlen",
-        type=int,
-        metavar="N",
-        help="window (default: the model's positions, at most 512)",
-    )
-    parser.add_argument(
-        "--seed", type=a_seed, default=0, help="of windows and of everything that is drawn"
-    )
+    parser.add_argument("--calibration", **number, default=windows, help=calibration)
+    length = "window (default: the model's positions, at most 512)"
+    parser.add_argument("--seqlen", **number, help=length)
+    drawn = "of windows and of everything that is drawn"
+    parser.add_argument("--seed", type=a_seed, default=0, help=drawn)
 
 
 def a_seed(text):

@@ -229,6 +229,7 @@ def test_train_without_rounds_writes_a_stratnet_for_the_depth_of_its_model(
     words = run_words(small, text, tmp_path, 3, 0)
     assert call(train, *words, "--metric", "magnitude") == 0
     printed = capsys.readouterr().out
+    assert "prune.py --no-refit asks this StratNet" in printed  # it has a prior to leave aside
     assert "last round" not in printed and "StratNet's KL is below uniform's at" in printed
     made = unicuco.load_stratnet(tmp_path / "stratnet.safetensors", 3)
     assert made.X.shape == (3, 21) and made.y.shape == (3,) and math.isfinite(made.scale.hi)

@@ -244,6 +244,12 @@ def show_predictions(log):
 
 
 # ---------------------------------------------------------------------------------- command line
+SERVES_ALL = "prune.py asks this StratNet."
+SERVES = (
+    "prune.py --no-refit asks this StratNet; refitted, its default, the one of the prior alone."
+)
+
+
 def fingerprint(args):
     """What a search depends on: resuming with anything else is refused."""
     own = ("seed", "initial", "rounds", "batch", "mean", "granularity", "metric")
@@ -408,6 +414,7 @@ class Run:
         )
         show_progress(result)
         show_predictions(result.log)
+        print(SERVES if self.args.mean == "curvature" else SERVES_ALL)
         show(rows)
 
 

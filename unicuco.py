@@ -482,7 +482,7 @@ def search(measure, layout, settings=None, seed=0, curves=None, progress=None):
         # 6. stop paying where it is flat (ours)
         if is_flat(learner.progress, gp, s.flat):
             break
-    # 7. refit, and train StratNet to the end on the mean alone
+    # 7. fit once more, and train StratNet to the end on the mean alone
     with one_thread():
         gp = learner.fit(log)
         learner.train(gp, s.final_steps, 0.0)
