@@ -23,7 +23,7 @@ from curvature import output_gradient, pieces_of
 from eval import batches
 from gp import GaussianProcess
 from model import LINEARS
-from ranks import activation_norms, parameter_name, wanda
+from ranks import MadeOnDemand, activation_norms, parameter_name, wanda
 from refit import GROUPS, gram
 from unicuco import MAX, log_divergence, one_thread, shift_to, to_logits
 
@@ -149,31 +149,53 @@ def gradient_norms(model, windows, seed=0):
     return {name: square.sqrt() for name, square in squares.items()}
 
 
+def kth_lowest(pieces, k):
+    """The k-th lowest, from 1 on, of all values of float32 tensors, none negative.
+
+    By radix, the upper half of a value's bits first, for it orders like them: no copy of all values
+    is made. pieces() returns the tensors anew, one by one.
+    """
+    bits = lambda: (piece.view(torch.int32) for piece in pieces())
+    upper, k = in_which_bin((b >> 16 for b in bits()), k)
+    lower, _ = in_which_bin((b[b >> 16 == upper] & 0xFFFF for b in bits()), k)
+    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32)
+
+
+def in_which_bin(pieces, k):
+    """Of integer tensors below 2^16, the k-th lowest value, and its place among those equal to
+    it."""
+    counts = sum(piece.flatten().bincount(minlength=2**16) for piece in pieces)
+    reached = counts.cumsum(0)
+    value = int((reached < k).sum())
+    return value, k - int(reached[value] - counts[value])
+
+
 class GlobalThreshold:
     """Masks of one threshold for all weights of the model, where Wanda has one for each row: the
     lowest |W_ij| ||X_j|| ||g_i|| go, wherever they are. Used like the Pruner that it is made of.
 
-    Holds a float32 score for each weight. A strategy says how many go, not where.
+    Holds norms alone: a score is made again whenever it is asked for. A strategy says how many go,
+    not where.
     """
 
     def __init__(self, pruner, windows, seed=0):
         pruner.restore()
         self.pruner, self.model = pruner, pruner.model
-        x_norms = activation_norms(self.model, windows)
-        g_norms = gradient_norms(self.model, windows, seed)
-        self.scores = {
-            name: wanda(W, x_norms[name]) * g_norms[name][:, None]
-            for names, dense in zip(pruner.names, pruner.dense)
-            for name, W in zip(names, dense)
-        }
+        self.x_norms = activation_norms(self.model, windows)
+        self.g_norms = gradient_norms(self.model, windows, seed)
+        self.dense = dict(zip(sum(pruner.names, []), sum(pruner.dense, [])))
+
+    def score(self, name):
+        """(d_out, d_in) float32 of one matrix."""
+        return wanda(self.dense[name], self.x_norms[name]) * self.g_norms[name][:, None]
 
     def masks(self, strategy):
         """{parameter name: bool, True = kept}, as many False as the strategy drops; equal scores
         fall together."""
-        scores = torch.cat([score.flatten() for score in self.scores.values()])
-        count = round(self.pruner.sparsity(strategy) * len(scores))
-        threshold = scores.kthvalue(count).values if count else -1.0
-        return {name: score > threshold for name, score in self.scores.items()}
+        weights = sum(W.numel() for W in self.dense.values())
+        count = round(self.pruner.sparsity(strategy) * weights)
+        threshold = kth_lowest(lambda: map(self.score, self.dense), count) if count else -1.0
+        return MadeOnDemand(self.dense, lambda name: self.score(name) > threshold)
 
     def sparsity(self, strategy):
         return self.pruner.mask_sparsity(self.masks(strategy))

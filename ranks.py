@@ -175,46 +175,51 @@ def activation_norms(model, windows):
     return result
 
 
-class Masks(Mapping):
-    """{parameter name: bool (d_out, d_in), True = kept} of a strategy, each made when it is asked
-    for: one exists at a time.
-
-    By rank: a natural zero that is kept counts as kept.
+class MadeOnDemand(Mapping):
+    """{parameter name: bool (d_out, d_in), True = kept}, each by make(name) when it is asked for:
+    one exists at a time.
     """
+
+    def __init__(self, names, make):
+        self.names, self.make = dict.fromkeys(names), make
+
+    def __getitem__(self, name):
+        if name not in self.names:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __contains__(self, name):
+        return name in self.names
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+class Masks(MadeOnDemand):
+    """Masks of a strategy, by rank: a natural zero that is kept counts as kept."""
 
     def __init__(self, names, ranks, thresholds):
         triples = zip(names, ranks, thresholds)
         self.parts = {n: (r, k) for block in triples for n, r, k in zip(*block)}
+        super().__init__(self.parts, self.by_rank)
 
-    def __getitem__(self, name):
+    def by_rank(self, name):
         ranks, threshold = self.parts[name]
         return ranks >= threshold
-
-    def __iter__(self):
-        return iter(self.parts)
-
-    def __len__(self):
-        return len(self.parts)
 
     def counts(self):
         """{parameter name: how many weights of each row go}."""
         return {name: threshold for name, (_, threshold) in self.parts.items()}
 
 
-class Survivors(Mapping):
-    """{parameter name: bool (d_out, d_in), True = kept} of refitted values: what is not 0."""
+class Survivors(MadeOnDemand):
+    """Masks of refitted values {parameter name: (d_out, d_in)}: what is not 0 is kept."""
 
     def __init__(self, values):
-        self.values_of = values
-
-    def __getitem__(self, name):
-        return self.values_of[name] != 0
-
-    def __iter__(self):
-        return iter(self.values_of)
-
-    def __len__(self):
-        return len(self.values_of)
+        super().__init__(values, lambda name: values[name] != 0)
 
 
 class Pruner:

@@ -848,8 +848,16 @@ def compare_smollm2_paired():
 
 # ------------------------------------------------------------------------- long texts and tasks
 def tasks_smollm2():
+    return tasks_block("smollm2")
+
+
+def tasks_qwen05():
+    return tasks_block("qwen05-tasks")
+
+
+def tasks_block(name):
     """KL, perplexity and zero-shot accuracy of the first seed's models."""
-    _, rows = comparison("smollm2")
+    _, rows = comparison(name)
     long = grouped([r for r in rows if r["table"] == "long"], "method", "sparsity")
     lines = []
     for r in tasks_table(rows):
