@@ -70,6 +70,7 @@ from script import (
     choose_device,
     choose_tokens,
     locked,
+    peak_memory,
     provenance,
     run,
 )
@@ -825,7 +826,8 @@ def main():
     busy = f"another compare.py is running in {args.out}: choose another --out"
     with locked(args.out, busy):
         compare(args, inputs, device, dtype)
-    print(f"{time.perf_counter() - started:.0f} s; wrote {args.out / 'compare.json'}")
+    seconds = f"{time.perf_counter() - started:.0f} s"
+    print(f"{seconds}, {peak_memory()}; wrote {args.out / 'compare.json'}")
 
 
 def compare(args, inputs, device, dtype):

@@ -394,6 +394,17 @@ def write_json(path, value, rows=False):
 
 
 # ------------------------------------------------------------------------------- provenance
+def peak_memory():
+    """The most host memory that this process has had, as words."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return f"at most {peak:.1f} GB of memory"
+
+
 def provenance():
     """What this process is: how it was called, and on which code. No time, no machine's name and no
     folders of its own, so equal runs say the same: of an absolute path only the name is kept.

@@ -375,6 +375,8 @@ def test_the_comparison_prints_a_table_of_finite_numbers_with_uniform_as_its_uni
     ]
     none = "At equal quality: no budget of EvoPress up to 9 reaches"
     assert (f"At equal quality, against {equal[0]} " if equal else none) in printed
+    said = re.search(r"^\d+ s, at most (\d+\.\d) GB of memory; wrote ", printed, re.MULTILINE)
+    assert 0.1 < float(said[1]) < 8  # torch alone takes 0.2
 
 
 def check_ratios(table, rows):
