@@ -27,7 +27,7 @@ from tables import TEXTS
 from unicuco import MAX, Trained, load_stratnet, strategy_for
 
 # Okabe and Ito's colours, told apart by colour-blind readers too
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
 SHOWN = (0.3, 0.5, 0.7)  # requests whose strategies are drawn
 
 
@@ -208,11 +208,11 @@ def sizes(figure, made):
     """
     axes = figure.subplots()
     weights = [count for _, count, _ in made]
-    for s, colour in zip(made[0][2], (GREEN, BLUE, ORANGE)):
+    for s, colour in zip(made[0][2], (GREEN, BLUE, ORANGE, PINK)):
         measured, ratios = zip(*((count, of[s]) for _, count, of in made if s in of))
         means = [statistics.mean(r) for r in ratios]
         wide = [statistics.stdev(r) if len(r) > 1 else 0 for r in ratios]
-        axes.errorbar(measured, means, wide, fmt="o-", color=colour, lw=1, label=f"at {s:g}")
+        axes.errorbar(measured, means, wide, fmt="o-", color=colour, lw=1, label=f"at {s}")
     axes.axhline(1, color=GREY, lw=1)
     axes.set(xscale="log", xlabel="weights of the model", ylabel="KL over that of uniform pruning")
     names = [name.replace("-", "-\n", 1) for name, _, _ in made]  # or neighbours overlap

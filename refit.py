@@ -8,7 +8,8 @@ Source    least squares on a fixed mask by preconditioned conjugate gradients is
           have moved is Optimal Brain Surgeon's (Hassibi and Stork, 1992).
 Reading   beside prune.py, whose --refit calls `follow`. Next: train.py. Can be skipped at first.
 Shapes    x (tokens, d_in) inputs in the pruned model, y (tokens, d_out) wanted outputs,
-          H = x^T x (d_in, d_in), C = y^T x (d_out, d_in), all float32; windows (n, T).
+          H = x^T x (d_in, d_in), C = y^T x (d_out, d_in), all float32; windows (n, T); V the
+          values that are solved for, R = C - V H what they still lack.
 Not here  how many weights of each row go, which is the strategy's; gradient descent through the
           whole model.
 """
@@ -41,30 +42,45 @@ def damp(H, damping=DAMPING):
     return lam
 
 
-def conjugate_gradients(V, kept, H, C, steps):
-    """`steps` from V * kept towards the V (d_out, d_in) of (V H)[kept] = C[kept], +0.0 elsewhere.
+def times(V, H):
+    """V @ H in float32 of V (d_out, d_in) float32, multiplied in the dtype of H."""
+    return V @ H if H.dtype == V.dtype else (V.to(H.dtype) @ H).float()
+
+
+def dots(a, b):
+    return (a * b).sum(1, keepdim=True)
+
+
+def ratio(a, b):
+    """a / b of each row; 0 where a row has nothing left, or rounding left it no curvature."""
+    return torch.where(b > 0, a / b, 0)
+
+
+def conjugate_gradients(V, R, kept, H, steps):
+    """`steps` from V * kept towards the V (d_out, d_in) that is +0.0 but where `kept`, and there
+    has an R = C - V H of 0. V and R, (d_out, d_in) float32, are overwritten.
 
     With H = x^T x + lam I and C = y^T x + lam W that V is argmin ||x V^T - y||^2 + lam ||V - W||^2.
-    V, C      (d_out, d_in) float32;  kept: (d_out, d_in) bool;  H: (d_in, d_in) float32, damped
-    The equations of two rows differ by their masks alone: so all go together, one product with H a
-    step, preconditioned by 1 / diag.
+    R         of every column, as V is before what goes is gone
+    H         (d_in, d_in) damped, its diagonal near 1, which replaces a preconditioner
+    Only what V changes by is multiplied with H: so its rounding, to bfloat16 say, is small beside
+    V, which C - V H would not be. The equations of two rows differ by their masks alone: so all go
+    together.
     """
-    tiny = torch.finfo(torch.float32).tiny
-    inverse = H.diagonal().reciprocal()
-    V = V * kept
-    residual = (C - V @ H) * kept
-    direction = residual * inverse
-    energy = (residual * direction).sum(1, keepdim=True)
+    gone = torch.where(kept, 0, V)
+    V -= gone
+    R += times(gone, H)
+    direction = residual = R * kept
+    energy = dots(residual, residual)
     for _ in range(steps):
-        product = direction @ H * kept
-        length = energy / (direction * product).sum(1, keepdim=True).clamp(min=tiny)
-        V += length * direction
-        residual -= length * product
-        scaled = residual * inverse
-        before = energy
-        energy = (residual * scaled).sum(1, keepdim=True)
-        direction = scaled + energy / before.clamp(min=tiny) * direction
-    return torch.where(kept, V, 0)  # V * kept left -0.0 where a negative weight went
+        product = times(direction, H)
+        length = ratio(energy, dots(direction, product))
+        V.addcmul_(length, direction)
+        R.addcmul_(length, product, value=-1)
+        residual = R * kept
+        before, energy = energy, dots(residual, residual)
+        direction = residual.addcmul(ratio(energy, before), direction)
+    return V, R
 
 
 def without_lowest(cost, count):
@@ -78,21 +94,20 @@ def without_lowest(cost, count):
     return torch.ones_like(cost, dtype=torch.bool).scatter_(1, gone, ~goes.expand_as(gone))
 
 
-def choose(drop, H, inverse, C, stages=STAGES):
-    """The mask (d_out, d_in), True = kept, whose refit will lose little: `drop` weights of each row
-    go, int or (d_out,), in `stages`.
+def choose(V, drop, H, inverse, steps):
+    """The values V of rows that lose `drop` weights each, int or (d_out,), those whose loss the
+    others make good; of V (d_out, d_in), the solution without a mask, which is overwritten.
 
-    From the solution without a mask, weights go that cost least once the others make it good,
-    v_j^2 / [H^-1]_jj; after each stage but the last the rest is solved again.
-    inverse   of H;  H and C: as in `conjugate_gradients`
+    In STAGES those weights go that cost least once the others have made it good, v_j^2 / [H^-1]_jj,
+    and the rest is solved again: by BETWEEN steps, at last by `steps`.
+    inverse   the diagonal of H^-1, (d_in,);  H: as in `conjugate_gradients`
     """
-    V, kept = C @ inverse, torch.ones_like(C, dtype=torch.bool)
-    for stage in range(1, stages + 1):
-        cost = torch.where(kept, V**2 / inverse.diagonal(), -1)  # what is gone stays gone
-        kept = without_lowest(cost, drop * stage // stages)
-        if stage < stages:
-            V = conjugate_gradients(V, kept, H, C, BETWEEN)
-    return kept
+    R, kept = torch.zeros_like(V), torch.ones_like(V, dtype=torch.bool)
+    for stage in range(1, STAGES + 1):
+        cost = torch.where(kept, V**2 / inverse, -1)  # what is gone stays gone
+        kept = without_lowest(cost, drop * stage // STAGES)
+        V, R = conjugate_gradients(V, R, kept, H, BETWEEN if stage < STAGES else steps)
+    return V
 
 
 def storable(V, W, dtype):
@@ -182,21 +197,29 @@ def in_rows(W):
 class Normal:
     """The normal equations of one group of Linears, damped: what solves for each of its matrices.
 
+    All is in units that bring the diagonal of H near 1, U = W * scale: powers of two, so that no
+    bit is lost by it.
     H, C      as `normal_equations` made them;  group: 1 and 3 have C for their one matrix, the
               others for W: then W C is what it needs
+    products  dtype of most products with H: bfloat16 where the model computes in it
     lead      0: aim at W x, which makes good this matrix's own loss alone; 1: at the dense model's
               output, which makes good what all before it lost too, and learns the windows by heart
     """
 
-    def __init__(self, H, C, group, steps=STEPS, damping=DAMPING, lead=LEAD):
-        self.H, self.C, self.shared = H, C, group % 2 == 0
-        self.steps, self.lead = steps, lead
+    def __init__(
+        self, H, C, group, products=torch.float32, steps=STEPS, damping=DAMPING, lead=LEAD
+    ):
+        self.steps, self.lead, self.shared = steps, lead, group % 2 == 0
         self.lam = damp(H, damping)
+        self.scale = H.diagonal().log2().mul_(0.5).round_().exp2_()
+        self.H, self.C = H.div_(self.scale).div_(self.scale[:, None]), C.div_(self.scale)
+        self.rounded = H.to(products)
 
-    def target(self, W, C):
-        """y^T x + lam W (d_out, d_in) of some rows of a dense matrix, W float32, and their C."""
+    def lacking(self, W, U, C):
+        """R (d_out, d_in) of some rows of a dense matrix, W float32 and U: what is wanted beyond
+        U H. Of `lead` 0 nothing is, for then they aim at what they do while dense."""
         C = W @ C if self.shared else C
-        return self.lead * (C + self.lam * W) + (1 - self.lead) * (W @ self.H)
+        return (C + self.lam * (W / self.scale)).sub_(U @ self.H).mul_(self.lead)
 
     @cached_property
     def inverse(self):
@@ -209,17 +232,20 @@ class Normal:
         """
         counted = isinstance(wish, int) or wish.ndim == 1
         if isinstance(wish, int):
-            kept = itertools.repeat(wish)
+            wishes = itertools.repeat(wish)
         else:
-            kept = wish.to(self.H.device).split(len(in_rows(W)[0]))
+            wishes = wish.to(self.H.device).split(len(in_rows(W)[0]))
         targets = itertools.repeat(self.C) if self.shared else in_rows(self.C)
         pieces = []
-        for w, k, target in zip(in_rows(W), kept, targets):
-            target = self.target(w.float(), target)
+        for w, wish, C in zip(in_rows(W), wishes, targets):
+            U = w.float() * self.scale
+            R = self.lacking(w.float(), U, C)
             if counted:
-                k = choose(k, self.H, self.inverse, target)
-            V = conjugate_gradients(w.float(), k, self.H, target, self.steps)
-            pieces.append(storable(V, w, dtype))
+                U += R @ self.inverse  # the solution without a mask
+                U = choose(U, wish, self.rounded, self.inverse.diagonal().clone(), self.steps)
+            else:
+                U, _ = conjugate_gradients(U, R, wish, self.rounded, self.steps)
+            pieces.append(storable(U / self.scale, w, dtype))
         return torch.cat(pieces)
 
 
@@ -259,6 +285,8 @@ def refit_blocks(pruner, wishes, windows, dtypes, how):
     """`follow` from a dense model; a function, so that all its states are gone when it ends."""
     model, values = pruner.model, {}
     rotary = model.rotary(windows.shape[1])
+    # where a model computes in bfloat16, the machine has units for it
+    products = torch.bfloat16 if model.embed.weight.dtype == torch.bfloat16 else torch.float32
     pruned = [model.embed(w) for w in batches(windows.to(model.embed.weight.device))]
     dense = list(pruned)
     for i, block in enumerate(tqdm(model.blocks, desc="refitting", disable=None, leave=False)):
@@ -268,9 +296,10 @@ def refit_blocks(pruner, wishes, windows, dtypes, how):
         for group, members in enumerate(GROUPS):
             linears = {j: block.get_submodule(LINEARS[j]) for j in members}
             bias = linears[members[0]].bias
-            normal = Normal(*normal_equations(walks, wanted, group, bias), group, **how)
+            H, C = normal_equations(walks, wanted, group, bias)
+            normal = Normal(H, C, group, products, **how)
             values |= refit_group(pruner, i, linears, normal, wishes, dtypes)
-            del normal
+            del H, C, normal
         pruned = [next(walk)[1] for walk in walks]
         dense = [want.output for want in wanted]
         walks.clear(), wanted.clear()

@@ -179,9 +179,13 @@ def delivered():
     """Rows of SmolLM2 refitted as prune.py does, by what StratNet says before it measured, beside
     uniform as pruned; all seeds, on fewer tokens than `present`.
     """
+    return as_delivered(of_seeds("smollm2-low") + of_seeds("smollm2-refit"))
+
+
+def as_delivered(rows):
+    """Rows of compare.py without the searched StratNet's, the unmeasured one's under its name."""
     ours = {METHODS["curvature"]: UNICUCO}
-    rows = of_seeds("smollm2-low") + of_seeds("smollm2-refit")
-    rows = [r for r in rows if r["method"] != UNICUCO]  # refitted as searched
+    rows = [r for r in rows if r["method"] != UNICUCO]
     return [r | {"method": ours.get(r["method"], r["method"])} for r in rows]
 
 
@@ -346,20 +350,40 @@ MODELS = (
     ("Qwen2.5-Coder-0.5B", 494e6, gain_of_train, "qwen05"),
     ("Qwen2.5-Coder-1.5B", 1543.7e6, gain_of_compare, "qwen15"),
 )
+BOTH_REFITTED = "0.5, both refitted"
+
+
+def gain_refitted(stem):
+    """KL over uniform's at 0.5, both refitted, of every seed, on the first test text."""
+    if stem == "tiny":
+        found = refit_rows("tiny")
+    else:
+        rows = delivered() if stem == "smollm2" else as_delivered(comparison(REFITTED[stem])[1])
+        first = [r for r in as_refit_rows(rows) if r["text"] == rows[0]["text"]]
+        found = grouped(first, "method", "refit", "sparsity")
+    pairs = zip(found["unicuco", True, 0.5], found["uniform", True, 0.5])
+    return [ours["kl"] / theirs["kl"] for ours, theirs in pairs]
+
+
+REFITTED = {"qwen05": "qwen05-refitted", "qwen15": "qwen15"}
 
 
 def gains():
-    """[(name, weights, `gain`)] of MODELS, nothing refitted."""
-    return [(name, weights, read(stem)) for name, weights, read, stem in MODELS]
+    """[(name, weights, `gain`, nothing refitted, and at BOTH_REFITTED)] of MODELS."""
+    return [
+        (name, weights, read(stem) | {BOTH_REFITTED: gain_refitted(stem)})
+        for name, weights, read, stem in MODELS
+    ]
 
 
 def sizes():
     """Gain against model size."""
+    asked = (*SIZED, BOTH_REFITTED)
     rows = [
-        [name, f"{weights / 1e6:g}M", *(pm(of[s], 3) if s in of else "-" for s in SIZED)]
+        [name, f"{weights / 1e6:g}M", *(pm(of[s], 3) if s in of else "-" for s in asked)]
         for name, weights, of in gains()
     ]
-    return markdown(["KL over uniform's", "weights", *(f"at {s:g}" for s in SIZED)], rows)
+    return markdown(["KL over uniform's", "weights", *(f"at {s}" for s in asked)], rows)
 
 
 def refitted_block(rows):
