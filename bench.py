@@ -25,7 +25,7 @@ from llama import pack, unpack
 from model import LINEARS, Config, Llama
 from prune import prepare, sources, tests
 from ranks import Pruner, activation_norms, rank, wanda
-from refit import BETWEEN, GROUPS, STAGES, STEPS, follow, gram
+from refit import BETWEEN, GROUPS, STAGES, STEPS, follow, gram, product_dtype
 from script import (
     Parser,
     add_model,
@@ -182,15 +182,13 @@ def time_evaluation(table, model, windows):
 
 def refit_products(pruner, tokens):
     """The matrix products of one refit, on random numbers, and nothing else: for each group H, C
-    and the inverse of H; for each matrix both forward passes, the solution without a mask, and one
-    product with H a step and a start, of every solve.
+    and the inverse of H; for each matrix both forward passes, what it lacks, the solution without a
+    mask, and one product with H a step and a start, of every solve.
     """
     random = {W.shape[1]: torch.randn(tokens, W.shape[1]) for W in pruner.dense[0]}
     random |= {W.shape[0]: torch.randn(tokens, W.shape[0]) for W in pruner.dense[0]}
     device = pruner.dense[0][0].device
     random = {width: x.to(device) for width, x in random.items()}
-
-    solves = STEPS + 1 + (STAGES - 1) * (BETWEEN + 1)
 
     def products():
         for block in pruner.dense:
@@ -202,14 +200,23 @@ def refit_products(pruner, tokens):
                 y = random[block[members[0]].shape[0]] if group % 2 else x
                 y.T @ x
                 for W in (block[j] for j in members):
-                    low = x.to(W.dtype)
-                    for _ in range(2):
-                        low @ W.T
-                    full = W.float()
-                    for _ in range(solves + 1 + (group % 2 == 0)):
-                        full @ H
+                    multiply(W, x.to(W.dtype), H, 2 + (group % 2 == 0))
 
     return products
+
+
+def multiply(W, x, H, exact):
+    """Of one matrix: both forward passes, `exact` products with H in float32, those of every
+    solve."""
+    for _ in range(2):
+        x @ W.T
+    full = W.float()
+    for _ in range(exact):
+        full @ H
+    rounded = full.to(product_dtype(W.dtype))
+    H = H.to(rounded.dtype)
+    for _ in range(STEPS + 1 + (STAGES - 1) * (BETWEEN + 1)):
+        rounded @ H
 
 
 def time_refit(table, pruner, windows):

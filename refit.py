@@ -47,6 +47,12 @@ def times(V, H):
     return V @ H if H.dtype == V.dtype else (V.to(H.dtype) @ H).float()
 
 
+def product_dtype(dtype):
+    """That of most products with H, for a model that computes in `dtype`: bfloat16 where it does,
+    for then the machine has units for it."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 def dots(a, b):
     return (a * b).sum(1, keepdim=True)
 
@@ -201,7 +207,7 @@ class Normal:
     bit is lost by it.
     H, C      as `normal_equations` made them;  group: 1 and 3 have C for their one matrix, the
               others for W: then W C is what it needs
-    products  dtype of most products with H: bfloat16 where the model computes in it
+    products  dtype of most products with H: see `product_dtype`
     lead      0: aim at W x, which makes good this matrix's own loss alone; 1: at the dense model's
               output, which makes good what all before it lost too, and learns the windows by heart
     """
@@ -285,8 +291,7 @@ def refit_blocks(pruner, wishes, windows, dtypes, how):
     """`follow` from a dense model; a function, so that all its states are gone when it ends."""
     model, values = pruner.model, {}
     rotary = model.rotary(windows.shape[1])
-    # where a model computes in bfloat16, the machine has units for it
-    products = torch.bfloat16 if model.embed.weight.dtype == torch.bfloat16 else torch.float32
+    products = product_dtype(model.embed.weight.dtype)
     pruned = [model.embed(w) for w in batches(windows.to(model.embed.weight.device))]
     dense = list(pruned)
     for i, block in enumerate(tqdm(model.blocks, desc="refitting", disable=None, leave=False)):
