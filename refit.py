@@ -86,7 +86,7 @@ def conjugate_gradients(V, R, kept, H, steps):
         residual = R * kept
         before, energy = energy, dots(residual, residual)
         direction = residual.addcmul(ratio(energy, before), direction)
-    return V, R
+    return torch.where(kept, V, 0), R  # also in a row that overflowed
 
 
 def without_lowest(cost, count):

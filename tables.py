@@ -473,8 +473,9 @@ def refitted_dynamic():
 
 def qwen05_refitted():
     """Rows of Qwen2.5-Coder-0.5B: the same refit of all at 0.5, SparseGPT at every sparsity."""
-    rows, more = (comparison(f"qwen05-{name}")[1] for name in ("refitted", "evopress"))
-    return rows + [r for r in more if r["method"] != "uniform"]
+    rows, more, low = (comparison(f"qwen05-{n}")[1] for n in ("refitted", "evopress", "low"))
+    rows = rows + [r for r in more if r["method"] != "uniform"]
+    return rows + [r for r in low if r["table"] == "refitted"]
 
 
 def refitted_qwen05():
@@ -493,6 +494,10 @@ def qwen05_evopress_says():
 
 def refitted_strong():
     return refitted_block(comparison("smollm2-strong")[1])
+
+
+def refitted_any_two():
+    return refitted_block(comparison("smollm2-any-two")[1])
 
 
 def rivals_tiny_says():
@@ -744,7 +749,8 @@ def compare_large_says():
 
 
 # of one seed and the same tokens
-BUDGETS = ("smollm2-opponents", "smollm2-blocks", "smollm2-matrices", "smollm2-dynamic")
+BUDGETS = ("smollm2-opponents", "smollm2-blocks", "smollm2-matrices", "smollm2-any-two")
+BUDGETS += ("smollm2-dynamic",)
 
 
 def budgets():
@@ -1002,6 +1008,7 @@ BLOCKS = {
         refitted_opponents,
         refitted_beside,
         refitted_strong,
+        refitted_any_two,
         refitted_qwen05,
         qwen05_evopress_says,
         refitted_dynamic,
@@ -1033,6 +1040,7 @@ BLOCKS = {
         compare_smollm2_paired,
         compare_smollm2_at,
         tasks_smollm2,
+        tasks_qwen05,
         long_smollm2,
         long_smollm2_says,
         sequential,

@@ -233,6 +233,16 @@ def test_a_row_that_float16_cannot_hold_keeps_its_old_values_and_the_others_move
     assert refit.storable(V, W, torch.float32).tolist() == V.tolist()
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_row_whose_sums_overflow_keeps_its_old_values_on_a_mask_of_its_count(counted):
+    W, _, x, _ = problem()
+    W[1] *= 1e38
+    H, kept = x.T @ x, torch.arange(12).expand_as(W) >= 5
+    V = refit.Normal(H.clone(), H.clone(), 0).solve(W, 5 if counted else kept, torch.float32)
+    assert V.isfinite().all() and ((V == 0).sum(1) == 5).all()
+    assert torch.equal(V[1], torch.where(V[1] != 0, W[1], 0))
+
+
 def test_a_block_is_its_four_steps_and_each_yields_the_input_of_its_linears():
     model = random_model()
     block, rotary = model.blocks[0], model.rotary(8)
