@@ -86,7 +86,7 @@ def conjugate_gradients(V, R, kept, H, steps):
         residual = R * kept
         before, energy = energy, dots(residual, residual)
         direction = residual.addcmul(ratio(energy, before), direction)
-    return torch.where(kept, V, 0), R  # also in a row that overflowed
+    return V.masked_fill_(~kept, 0), R  # also in a row that overflowed
 
 
 def without_lowest(cost, count):
@@ -167,14 +167,22 @@ class Wanted:
         self.targets = [attention_in, after_attention, mlp_in, self.output]
 
     def take(self, group, stream, bias):
-        """y (B T, d_out) float32. o and down write into the stream: what it still lacks of the
-        dense one's, less their bias. For the others, the dense model's input.
+        """y (B T, d_out), and by what each token's equation is multiplied, (B T, 1) or (1, 1), both
+        float32.
+
+        o and down write into the stream: y is what it still lacks of the dense one's, less their
+        bias; and as what reads the stream divides it by its size, each error counts by the share
+        that it is of it, or a few tokens of massive activations would outweigh all others. For the
+        other Linears y is the dense model's input, which has been divided already.
         """
         target, self.targets[group] = self.targets[group].float(), None
-        if group % 2:
-            target = target - stream.float()
-            target = target if bias is None else target - bias.float()
-        return target.flatten(0, 1)
+        if group % 2 == 0:
+            return target.flatten(0, 1), target.new_ones(1, 1)
+        size = target.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
+        lacks = target - stream.float()
+        if bias is not None:
+            lacks -= bias.float()
+        return lacks.div_(size).flatten(0, 1), 1 / size.flatten(0, 1)
 
 
 def normal_equations(walks, wanted, group, bias):
@@ -186,7 +194,8 @@ def normal_equations(walks, wanted, group, bias):
     H = C = None
     for walk, want in zip(walks, wanted):
         x, stream = next(walk)
-        x, y = x.flatten(0, 1).float(), want.take(group, stream, bias)
+        y, weight = want.take(group, stream, bias)
+        x = x.flatten(0, 1) * weight  # float32, whatever x is
         if H is None:
             H, C = (x.new_zeros(n, x.shape[1]) for n in (x.shape[1], y.shape[1]))
         add_gram(H, x)
@@ -205,8 +214,8 @@ class Normal:
 
     All is in units that bring the diagonal of H near 1, U = W * scale: powers of two, so that no
     bit is lost by it.
-    H, C      as `normal_equations` made them;  group: 1 and 3 have C for their one matrix, the
-              others for W: then W C is what it needs
+    H, C      as `normal_equations` made them, overwritten;  group: 1 and 3 have C for their one
+              matrix, the others for W: then W C is what it needs
     products  dtype of most products with H: see `product_dtype`
     lead      0: aim at W x, which makes good this matrix's own loss alone; 1: at the dense model's
               output, which makes good what all before it lost too, and learns the windows by heart

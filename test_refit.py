@@ -177,7 +177,10 @@ def test_sums_in_place_have_the_bits_of_those_with_copies_and_solutions_are_the_
     W, kept, x, y = problem(40, columns, 256)
     xs = x.view(4, 1, 64, columns)  # 4 batches
     targets = y.view(4, 1, 64, 40) if group % 2 else xs * 0.9
-    wanted = [Namespace(targets=[None] * 3 + [t], take=lambda *_, t=t: t[0]) for t in targets]
+    wanted = [
+        Namespace(targets=[None] * 3 + [t], take=lambda *_, t=t: (t[0], torch.ones(1, 1)))
+        for t in targets
+    ]
     H, C = refit.normal_equations([iter([(x, None)]) for x in xs], wanted, group, None)
     upper = sum(refit.gram(x[0]).triu() for x in xs)
     assert torch.equal(H, upper + upper.triu(1).T)
@@ -241,6 +244,27 @@ def test_a_row_whose_sums_overflow_keeps_its_old_values_on_a_mask_of_its_count(c
     V = refit.Normal(H.clone(), H.clone(), 0).solve(W, 5 if counted else kept, torch.float32)
     assert V.isfinite().all() and ((V == 0).sum(1) == 5).all()
     assert torch.equal(V[1], torch.where(V[1] != 0, W[1], 0))
+
+
+def test_an_error_counts_by_its_share_of_the_stream_that_it_is_written_into():
+    model = random_model()
+    block, rotary = model.blocks[0], model.rotary(8)
+    h = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    h[:, 0] *= 1000  # a massive activation
+    wanted = refit.Wanted(block, h, rotary)
+    (_, _), (o_in, before_o), (_, after_o), (down_in, before_down), (_, after) = block.walk(
+        h, rotary
+    )
+    for group, x, before, written in (
+        (1, o_in, before_o, after_o),
+        (3, down_in, before_down, after),
+    ):
+        y, weight = wanted.take(group, before, None)
+        size = written.norm(dim=-1, keepdim=True) / 8  # of 64 numbers
+        assert relative(1 / weight, size.flatten(0, 1)) < 1e-6  # float32
+        assert relative(y, ((written - before) / size).flatten(0, 1)) < 1e-5  # float32
+    y, weight = refit.Wanted(block, h, rotary).take(2, after_o, None)
+    assert torch.equal(y, block.post_attention_layernorm(after_o).flatten(0, 1)) and weight == 1
 
 
 def test_a_block_is_its_four_steps_and_each_yields_the_input_of_its_linears():
