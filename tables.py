@@ -354,25 +354,29 @@ BOTH_REFITTED = "0.5, both refitted"
 
 
 def gain_refitted(stem):
-    """KL over uniform's at 0.5, both refitted, of every seed, on the first test text."""
+    """{BOTH_REFITTED: KL over uniform's of every seed}, on the first test text; or {}."""
     if stem == "tiny":
         found = refit_rows("tiny")
-    else:
-        rows = delivered() if stem == "smollm2" else as_delivered(comparison(REFITTED[stem])[1])
-        first = [r for r in as_refit_rows(rows) if r["text"] == rows[0]["text"]]
+    elif stem in DELIVERED:
+        rows = as_refit_rows(DELIVERED[stem]())
+        first = [r for r in rows if r["text"] == rows[0]["text"]]
         found = grouped(first, "method", "refit", "sparsity")
+    else:
+        return {}
     pairs = zip(found["unicuco", True, 0.5], found["uniform", True, 0.5])
-    return [ours["kl"] / theirs["kl"] for ours, theirs in pairs]
+    return {BOTH_REFITTED: [ours["kl"] / theirs["kl"] for ours, theirs in pairs]}
 
 
-REFITTED = {"qwen05": "qwen05-refitted", "qwen15": "qwen15"}
+DELIVERED = {
+    "smollm2": delivered,
+    "qwen05": lambda: as_delivered(comparison("qwen05-weighted")[1]),
+}
 
 
 def gains():
-    """[(name, weights, `gain`, nothing refitted, and at BOTH_REFITTED)] of MODELS."""
+    """[(name, weights, `gain`, nothing refitted, and `gain_refitted`)] of MODELS."""
     return [
-        (name, weights, read(stem) | {BOTH_REFITTED: gain_refitted(stem)})
-        for name, weights, read, stem in MODELS
+        (name, weights, read(stem) | gain_refitted(stem)) for name, weights, read, stem in MODELS
     ]
 
 
@@ -473,13 +477,17 @@ def refitted_dynamic():
 
 def qwen05_refitted():
     """Rows of Qwen2.5-Coder-0.5B: the same refit of all at 0.5, SparseGPT at every sparsity."""
-    rows, more, low = (comparison(f"qwen05-{n}")[1] for n in ("refitted", "evopress", "low"))
-    rows = rows + [r for r in more if r["method"] != "uniform"]
-    return rows + [r for r in low if r["table"] == "refitted"]
+    rows, more = (comparison(f"qwen05-{name}")[1] for name in ("refitted", "evopress"))
+    return rows + [r for r in more if r["method"] != "uniform"]
 
 
 def refitted_qwen05():
     return refitted_block(qwen05_refitted())
+
+
+def refitted_qwen05_weighted():
+    """By the present refit, which weighs tokens by the stream."""
+    return refitted_block(comparison("qwen05-weighted")[1])
 
 
 def qwen05_evopress_says():
@@ -1010,6 +1018,7 @@ BLOCKS = {
         refitted_strong,
         refitted_any_two,
         refitted_qwen05,
+        refitted_qwen05_weighted,
         qwen05_evopress_says,
         refitted_dynamic,
         smollm2_budgets,
