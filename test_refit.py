@@ -177,14 +177,14 @@ def test_sums_in_place_have_the_bits_of_those_with_copies_and_solutions_are_the_
     W, kept, x, y = problem(40, columns, 256)
     xs = x.view(4, 1, 64, columns)  # 4 batches
     targets = y.view(4, 1, 64, 40) if group % 2 else xs * 0.9
+    weight = torch.linspace(0.5, 2, 64)[:, None]  # of each token's equation
     wanted = [
-        Namespace(targets=[None] * 3 + [t], take=lambda *_, t=t: (t[0], torch.ones(1, 1)))
-        for t in targets
+        Namespace(targets=[None] * 3 + [t], take=lambda *_, t=t: (t[0], weight)) for t in targets
     ]
     H, C = refit.normal_equations([iter([(x, None)]) for x in xs], wanted, group, None)
-    upper = sum(refit.gram(x[0]).triu() for x in xs)
+    upper = sum(refit.gram(x[0] * weight).triu() for x in xs)
     assert torch.equal(H, upper + upper.triu(1).T)
-    assert torch.equal(C, sum(t[0].T @ x[0] for x, t in zip(xs, targets)))
+    assert torch.equal(C, sum(t[0].T @ (x[0] * weight) for x, t in zip(xs, targets)))
     plain = by_the_textbook(W, kept, H, C if group % 2 else W @ C)
     normal = refit.Normal(H, C, group, lead=1.0)
     assert relative(normal.solve(W, kept, torch.float32), plain) < 1e-5  # float32
