@@ -367,7 +367,10 @@ def gain_refitted(stem):
     return {BOTH_REFITTED: [ours["kl"] / theirs["kl"] for ours, theirs in pairs]}
 
 
-DELIVERED = {"smollm2": delivered}
+DELIVERED = {
+    "smollm2": delivered,
+    "qwen05": lambda: as_delivered(comparison("qwen05-weighted")[1]),
+}
 
 
 def gains():
@@ -480,6 +483,11 @@ def qwen05_refitted():
 
 def refitted_qwen05():
     return refitted_block(qwen05_refitted())
+
+
+def refitted_qwen05_weighted():
+    """By the present refit, which weighs tokens by the stream."""
+    return refitted_block(comparison("qwen05-weighted")[1])
 
 
 def qwen05_evopress_says():
@@ -1010,6 +1018,7 @@ BLOCKS = {
         refitted_strong,
         refitted_any_two,
         refitted_qwen05,
+        refitted_qwen05_weighted,
         qwen05_evopress_says,
         refitted_dynamic,
         smollm2_budgets,
