@@ -355,21 +355,20 @@ BOTH_REFITTED = "0.5, both refitted"
 
 def gain_refitted(stem):
     """{BOTH_REFITTED: KL over uniform's of every seed}, on the first test text; or {}."""
-    if stem == "tiny":
-        found = refit_rows("tiny")
-    elif stem in DELIVERED:
-        rows = as_refit_rows(DELIVERED[stem]())
-        first = [r for r in rows if r["text"] == rows[0]["text"]]
-        found = grouped(first, "method", "refit", "sparsity")
-    else:
+    if stem not in REFITTED:
         return {}
+    rows = REFITTED[stem]()
+    first = [r for r in rows if r["text"] == rows[0]["text"]]
+    found = grouped(first, "method", "refit", "sparsity")
     pairs = zip(found["unicuco", True, 0.5], found["uniform", True, 0.5])
     return {BOTH_REFITTED: [ours["kl"] / theirs["kl"] for ours, theirs in pairs]}
 
 
-DELIVERED = {
-    "smollm2": delivered,
-    "qwen05": lambda: as_delivered(comparison("qwen05-weighted")[1]),
+# {stem of MODELS: its rows as those of `as_refit_rows`}
+REFITTED = {
+    "tiny": lambda: read_rows(results("refit-tiny.json")),
+    "smollm2": lambda: as_refit_rows(delivered()),
+    "qwen05": lambda: as_refit_rows(as_delivered(comparison("qwen05-weighted")[1])),
 }
 
 

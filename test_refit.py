@@ -85,22 +85,22 @@ def test_the_default_steps_lose_at_most_3_percent_of_what_the_exact_solution_gai
     assert exact < ours < masked and masked - ours > 0.97 * (masked - exact)
 
 
-def layer_error(H, W, kept):
-    """tr (V - W) H (V - W)^T of the damped least squares on `kept`, solved exactly, float64."""
-    lam = refit.DAMPING * H.diagonal().mean()
-    A, total = (H + lam * torch.eye(len(H))).double(), 0.0
-    for w, k in zip(W.double(), kept):
-        v = torch.zeros_like(w)
-        v[k] = torch.linalg.solve(A[k][:, k], (A @ w)[k])
-        total += float((v - w) @ A @ (v - w))
-    return total
+def damped(H):
+    return (H + refit.DAMPING * H.diagonal().mean() * torch.eye(len(H))).double()
 
 
 def layer_error_of(H, W, V):
     """tr (V - W) H (V - W)^T, damped, float64."""
-    lam = refit.DAMPING * H.diagonal().mean()
-    A, moved = (H + lam * torch.eye(len(H))).double(), (V - W).double()
-    return float((moved @ A * moved).sum())
+    moved = (V - W).double()
+    return float((moved @ damped(H) * moved).sum())
+
+
+def layer_error(H, W, kept):
+    """`layer_error_of` the damped least squares on `kept`, solved exactly."""
+    A, V = damped(H), torch.zeros_like(W, dtype=torch.float64)
+    for v, w, k in zip(V, W.double(), kept):
+        v[k] = torch.linalg.solve(A[k][:, k], (A @ w)[k])
+    return layer_error_of(H, W, V)
 
 
 def best_mask(H, w, drop):

@@ -244,12 +244,6 @@ def show_predictions(log):
 
 
 # ---------------------------------------------------------------------------------- command line
-SERVES_ALL = "prune.py asks this StratNet."
-SERVES = (
-    "prune.py --no-refit asks this StratNet; refitted, its default, the one of the prior alone."
-)
-
-
 def fingerprint(args):
     """What a search depends on: resuming with anything else is refused."""
     own = ("seed", "initial", "rounds", "batch", "mean", "granularity", "metric")
@@ -414,7 +408,11 @@ class Run:
         )
         show_progress(result)
         show_predictions(result.log)
-        print(SERVES if self.args.mean == "curvature" else SERVES_ALL)
+        if self.args.mean == "curvature":
+            print(
+                "prune.py --no-refit asks this StratNet; where it refits, which is its default, the"
+                " one of the prior alone"
+            )
         show(rows)
 
 
