@@ -184,9 +184,10 @@ def long_table(rows):
 
 
 def tasks_table(rows):
-    """A row for each model, the dense one first: accuracies in percent, {task: acc}, "average",
-    "lost": the dense model's average minus this one, "error": its standard error, paired by
-    document; "documents" of each task."""
+    """A row for each model, the dense one first: accuracies in percent, {task: acc}, "average";
+    "below_dense" and "above_uniform": how far that lies below the dense model's and above that of
+    uniform pruning to the same sparsity, (percent, standard error), or None where there is no such
+    model; "documents" of each task."""
     models = grouped([r for r in rows if r["table"] == "tasks"], "method", "sparsity")
     right = {
         model: {r["text"]: np.array(list(r["right"]), int) for r in mine}
@@ -194,9 +195,8 @@ def tasks_table(rows):
     }
     table = []
     for (method, s), mine in models.items():
-        # by the same documents, of the dense model's
-        lost = [right["dense", 0.0][t] - own for t, own in right[method, s].items()]
-        errors = sum(standard_error(x) ** 2 for x in lost)
+        own, uniform = right[method, s], right.get(("uniform", s))
+        others = uniform is not None and method != "uniform"
         table.append(
             {
                 "method": method,
@@ -204,11 +204,19 @@ def tasks_table(rows):
                 "documents": {r["text"]: r["documents"] for r in mine},
                 **{r["text"]: 100 * r["acc"] for r in mine},
                 "average": 100 * statistics.mean(r["acc"] for r in mine),
-                "lost": 100 * statistics.mean(float(x.mean()) for x in lost),
-                "error": 100 * math.sqrt(errors) / len(lost),
+                "below_dense": None if method == "dense" else paired(right["dense", 0.0], own),
+                "above_uniform": paired(own, uniform) if others else None,
             }
         )
     return table
+
+
+def paired(ours, theirs):
+    """How much higher the average accuracy of `ours` is than that of `theirs`, in percent, and its
+    standard error, paired by document; both {task: array of right (1) and wrong (0)}."""
+    changes = [ours[task] - theirs[task] for task in ours]
+    error = math.sqrt(sum(standard_error(change) ** 2 for change in changes)) / len(changes)
+    return 100 * statistics.mean(float(change.mean()) for change in changes), 100 * error
 
 
 def refitted_table(rows):
@@ -352,8 +360,9 @@ def show_speed(ours, theirs, requests):
 
 
 def show_tasks(rows):
-    """Print accuracies in percent, their average, and how far it lies below the dense model's,
-    with a standard error; KL and perplexity of the same models beside them."""
+    """Print accuracies in percent, their average, how far it lies below the dense model's and above
+    that of uniform pruning, with standard errors; KL and perplexity of the same models beside
+    them."""
     table = tasks_table(rows)
     long = grouped([r for r in rows if r["table"] == "long"], "method", "sparsity")
     first = long["dense", 0.0][0]
@@ -363,15 +372,20 @@ def show_tasks(rows):
         f" zero-shot accuracy in %, {documents} documents\n"
         f"{'method':<24} sparsity       KL  perplexity   "
         + "".join(f"{task:>14}" for task in TASKS)
-        + "   average   below dense"
+        + "   average   below dense   above uniform"
     )
     for r in table:
         read = long[r["method"], r["sparsity"]][0]
         print(
             f"{r['method']:<24} {r['sparsity']:8.2f} {read['kl']:8.4f} {read['ppl']:11.3f}   "
             + "".join(f"{r[task]:14.1f}" for task in TASKS)
-            + f"{r['average']:10.1f}   {r['lost']:.1f} ± {r['error']:.1f}"
+            + f"{r['average']:10.1f}   {pair(r['below_dense']):>11}   {pair(r['above_uniform']):>13}"
         )
+
+
+def pair(found):
+    """(value, its error) as it is printed, None as "-"."""
+    return "-" if found is None else f"{found[0]:.1f} ± {found[1]:.1f}"
 
 
 def show_long(rows):

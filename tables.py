@@ -17,7 +17,15 @@ import statistics
 from pathlib import Path
 
 import report
-from report import METHODS, grouped, long_table, read_comparison, requests_table, tasks_table
+from report import (
+    METHODS,
+    grouped,
+    long_table,
+    pair,
+    read_comparison,
+    requests_table,
+    tasks_table,
+)
 from script import Refused, first_line, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent
@@ -899,7 +907,6 @@ def tasks_block(name):
     lines = []
     for r in tasks_table(rows):
         read = long[r["method"], r["sparsity"]][0]
-        below = "-" if r["method"] == "dense" else f"{r['lost']:.1f} ± {r['error']:.1f}"
         lines.append(
             [
                 named(r["method"]),
@@ -908,12 +915,13 @@ def tasks_block(name):
                 f"{read['ppl']:.2f}",
                 *(f"{r[task]:.1f}" for task in r["documents"]),
                 f"{r['average']:.1f}",
-                below,
+                pair(r["below_dense"]),
+                pair(r["above_uniform"]),
             ]
         )
     names = ["PIQA", "ARC-Easy", "ARC-Challenge", "HellaSwag", "WinoGrande"]
-    head = ["model", "sparsity", "KL", "perplexity", *names, "average", "below dense"]
-    return markdown(head, lines)
+    judged = ["average", "below dense", "above uniform"]
+    return markdown(["model", "sparsity", "KL", "perplexity", *names, *judged], lines)
 
 
 def long_smollm2():

@@ -528,7 +528,8 @@ def check_tables(rows, printed):
         r for r in report.tasks_table(rows) if (r["method"], r["sparsity"]) == ("uniform", 0.5)
     )
     line = next(line for line in lines if re.match(r"uniform +0.50 .* ± ", line))
-    assert line.endswith(f" {uniform['lost']:.1f} ± {uniform['error']:.1f}")
+    lost, error = uniform["below_dense"]
+    assert line.split()[-4:] == [f"{lost:.1f}", "±", f"{error:.1f}", "-"]
     start = "At 0.6: UniCuCo's KL over that of EvoPress, 9 each: "
     line = next(line for line in lines if line.startswith(start))
     to_evopress = ratios("EvoPress, 9 each")
@@ -549,19 +550,24 @@ def test_long_texts_and_tasks_are_for_uniform_and_the_best_of_each_method():
     assert rows == [("dense", 0.0, [0.0])] + [(m, s, [s]) for s in (0.5, 0.6) for m in best]
 
 
-def test_how_far_accuracy_lies_below_the_dense_models_is_paired_by_document_worked_by_hand():
+def test_accuracy_below_the_dense_models_and_above_uniforms_is_paired_worked_by_hand():
     def rows(method, sparsity, right):
         head = {"table": "tasks", "seed": 0, "method": method, "sparsity": sparsity}
         acc = right.count("1") / 4
         more = {"documents": 4, "acc": acc, "acc_norm": None, "right": right}
         return [{**head, "text": task, **more} for task in evaluation.TASKS]
 
-    dense, pruned = report.tasks_table(rows("dense", 0.0, "1101") + rows("M", 0.5, "1001"))
-    assert dense["average"] == 75 and dense["lost"] == dense["error"] == 0
-    assert pruned["piqa"] == pruned["average"] == 50 and pruned["lost"] == 25
-    # the differences 0, 1, 0, 0 have variance 1/4, so 1/16 for their mean; five tasks alike:
-    # sqrt(5 / 16) / 5
-    assert pruned["error"] == pytest.approx(100 * math.sqrt(5 / 16) / 5, rel=1e-12)
+    uniform, ours = rows("uniform", 0.5, "0101"), rows("M", 0.5, "1001")
+    dense, uniform, ours = report.tasks_table(rows("dense", 0.0, "1101") + uniform + ours)
+    assert dense["average"] == 75 and uniform["average"] == ours["average"] == 50
+    assert ours["piqa"] == 50 and dense["below_dense"] is None
+    assert dense["above_uniform"] is None and uniform["above_uniform"] is None
+    # below the dense model 0, 1, 0, 0: variance 1/4, so 1/16 for the mean; five tasks alike
+    below = 25, 100 * math.sqrt(5 / 16) / 5
+    assert ours["below_dense"] == pytest.approx(below, rel=1e-12)  # float64
+    # above uniform 1, -1, 0, 0: variance 2/3, so 1/6 for the mean
+    above = 0, 100 * math.sqrt(5 / 6) / 5
+    assert ours["above_uniform"] == pytest.approx(above, rel=1e-12)  # float64
 
 
 def test_answers_are_strings_of_what_was_right(monkeypatch):

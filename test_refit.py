@@ -46,10 +46,10 @@ def test_enough_steps_solve_the_normal_equations_of_every_row_exactly():
     W, kept, x, y = problem()
     H, C = x.T @ x, y.T @ x
     V = solved(W, kept, H, C, steps=60)
-    lam = refit.DAMPING * H.diagonal().mean()
+    lam = refit.DAMPING * H.diagonal()
     for row in range(len(W)):
         k = kept[row]
-        A = (H + lam * torch.eye(12))[k][:, k].double()
+        A = (H + lam.diag())[k][:, k].double()
         b = (C + lam * W)[row, k].double()
         assert relative(V[row, k].double(), torch.linalg.solve(A, b)) < 1e-4  # float32
     assert (V[~kept] == 0).all() and not V[~kept].signbit().any()
@@ -79,14 +79,14 @@ def test_the_default_steps_lose_at_most_3_percent_of_what_the_exact_solution_gai
     W, kept, x, y = problem(24, 48, 400, seed=1)
     y = x @ W.T  # the dense outputs
     H, C = x.T @ x, y.T @ x
-    error = lambda V: float(((x @ V.T - y) ** 2).sum())
+    error = lambda V: layer_error_of(H, W, V)
     masked, ours = error(W * kept), error(solved(W, kept, H, C))
     exact = error(solved(W, kept, H, C, steps=400))
     assert exact < ours < masked and masked - ours > 0.97 * (masked - exact)
 
 
 def damped(H):
-    return (H + refit.DAMPING * H.diagonal().mean() * torch.eye(len(H))).double()
+    return (H + refit.DAMPING * H.diagonal().diag()).double()
 
 
 def layer_error_of(H, W, V):
@@ -128,7 +128,8 @@ def test_among_correlated_inputs_the_chosen_mask_is_near_the_best_and_ahead_of_w
         wanda += layer_error(H, W, keep_mask(ranks.wanda(W, x.norm(dim=0)), 0.5))
         chosen += layer_error(H, W, chosen_mask(W, H, 4))
         best += layer_error(H, W, torch.stack([best_mask(H, w, 4) for w in W]))
-    assert best < chosen < 1.15 * best and chosen < 0.85 * wanda  # 1.11 and 0.78
+    # 1.044 and 0.879; the heavier the damping, the nearer both are to the best
+    assert best < chosen < 1.06 * best and chosen < 0.9 * wanda
 
 
 def test_rows_may_lose_different_counts_and_each_is_chosen_as_if_all_lost_as_many():
@@ -153,8 +154,8 @@ def test_inputs_that_are_all_zero_or_few_leave_a_mask_of_the_right_count():
 def by_the_textbook(W, kept, H, C):
     """Conjugate gradients as one writes them first: in the units of W, from C - V H, and with a
     preconditioner, the power of four that is nearest to the diagonal of H."""
-    tiny, lam = torch.finfo(torch.float32).tiny, refit.DAMPING * H.diagonal().mean()
-    H = H + lam * torch.eye(len(H))
+    tiny, lam = torch.finfo(torch.float32).tiny, refit.DAMPING * H.diagonal()
+    H = H + lam.diag()
     inverse, V = 4.0 ** -(H.diagonal().log2() / 2).round(), W * kept
     residual = (C + lam * W - V @ H) * kept
     direction = residual * inverse
