@@ -65,8 +65,11 @@ def dots(a, b):
 
 
 def ratio(a, b):
-    """a / b of each row; 0 where a row has nothing left, or rounding left it no curvature."""
-    return torch.where(b > 0, a / b, 0)
+    """a / b of each row; 0 where a row has nothing left (sums of squares near the least normal
+    number have lost their bits), or rounding left it no curvature.
+    """
+    limits = torch.finfo(b.dtype)
+    return torch.where(b > limits.tiny / limits.eps, a / b, 0)
 
 
 def conjugate_gradients(V, R, kept, H, steps):
