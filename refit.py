@@ -24,7 +24,7 @@ from eval import batches
 from model import LINEARS
 
 STEPS = 8  # of conjugate gradients: within 3 % of the exact solution's error
-DAMPING = 0.3  # of each column's diagonal of H: how strongly survivors are held to their old values
+DAMPING = 0.1  # of each column's diagonal of H: how strongly survivors are held to their old values
 LEAD = 0.5  # how far the target leads from W x, x the refitted model's, to the dense model's output
 CONTRAST = 0.7  # of a strategy's logits before a refit, which makes good most where most was lost
 STAGES = 4  # in which a row loses its weights, where the refit chooses them

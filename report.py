@@ -372,14 +372,15 @@ def show_tasks(rows):
         f" zero-shot accuracy in %, {documents} documents\n"
         f"{'method':<24} sparsity       KL  perplexity   "
         + "".join(f"{task:>14}" for task in TASKS)
-        + "   average   below dense   above uniform"
+        + "   average     below dense   above uniform"
     )
     for r in table:
         read = long[r["method"], r["sparsity"]][0]
         print(
             f"{r['method']:<24} {r['sparsity']:8.2f} {read['kl']:8.4f} {read['ppl']:11.3f}   "
             + "".join(f"{r[task]:14.1f}" for task in TASKS)
-            + f"{r['average']:10.1f}   {pair(r['below_dense']):>11}   {pair(r['above_uniform']):>13}"
+            + f"{r['average']:10.1f}"
+            + "".join(f"   {pair(r[key]):>13}" for key in ("below_dense", "above_uniform"))
         )
 
 

@@ -151,6 +151,19 @@ def test_inputs_that_are_all_zero_or_few_leave_a_mask_of_the_right_count():
         assert ((~chosen_mask(W, H, 5)).sum(1) == 5).all()
 
 
+@pytest.mark.parametrize("group", [0, 1])
+def test_the_units_of_an_input_change_neither_which_weights_go_nor_what_the_others_do(group):
+    W, kept, x, y = problem(6, 12)
+    # so a weight that this text hardly uses is kept or lost as any other
+    units = torch.tensor([2.0, 1, 0.25, 1, 4, 1, 1, 0.5, 1, 4, 1, 0.25])
+    for wish in (kept, 5):
+        plain, other = (
+            refit.Normal(x.T @ x, (x if group == 0 else y).T @ x, group).solve(W, wish, W.dtype)
+            for x, W in ((x, W), (x * units, W / units))
+        )
+        assert torch.equal(other * units, plain)
+
+
 def by_the_textbook(W, kept, H, C):
     """Conjugate gradients as one writes them first: in the units of W, from C - V H, and with a
     preconditioner, the power of four that is nearest to the diagonal of H."""
