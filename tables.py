@@ -187,7 +187,7 @@ def delivered():
     """Rows of SmolLM2 refitted as prune.py does, by what StratNet says before it measured, beside
     uniform as pruned; all seeds, on fewer tokens than `present`.
     """
-    return as_delivered(of_seeds("smollm2-low") + of_seeds("smollm2-refit"))
+    return as_delivered(of_seeds("smollm2-refit"))
 
 
 def as_delivered(rows):
@@ -376,7 +376,7 @@ def gain_refitted(stem):
 REFITTED = {
     "tiny": lambda: read_rows(results("refit-tiny.json")),
     "smollm2": lambda: as_refit_rows(delivered()),
-    "qwen05": lambda: as_refit_rows(as_delivered(comparison("qwen05-weighted")[1])),
+    "qwen05": lambda: as_refit_rows(as_delivered(comparison("qwen05-refit")[1])),
 }
 
 
@@ -460,14 +460,14 @@ def in_order(means):
 
 
 def refitted_beside():
-    """Of seed 0 on SmolLM2, every method that was refitted at 0.5 and 0.6, each over uniform's of
-    its own run.
+    """Of seed 0 on SmolLM2, every method that was refitted at 0.5 and 0.6 by the refit before, each
+    over uniform's of its own run.
     """
     asked = 0.5, 0.6
     means = refitted_means(comparison("smollm2-opponents")[1], asked)
     means[f"{UNICUCO} as searched"] = means.pop(UNICUCO)
     means |= refitted_means(comparison("smollm2-dynamic")[1], asked)
-    means |= refitted_means([r for r in delivered() if r["seed"] == 0], asked)
+    means |= refitted_means(as_delivered(comparison("smollm2-refit-before")[1]), asked)
     return (
         "KL over refitted uniform's, seed 0, geometric mean of both texts at"
         f" {joined(asked)}: {in_order(means)}."
@@ -492,9 +492,8 @@ def refitted_qwen05():
     return refitted_block(qwen05_refitted())
 
 
-def refitted_qwen05_weighted():
-    """By the present refit, which weighs tokens by the stream."""
-    return refitted_block(comparison("qwen05-weighted")[1])
+def refitted_qwen05_present():
+    return refitted_block(comparison("qwen05-refit")[1])
 
 
 def qwen05_evopress_says():
@@ -659,6 +658,16 @@ def damages():
     return markdown(head, lines)
 
 
+def sinks():
+    """How many first tokens are attention sinks in the dense model alone."""
+    rows = read_rows(results("sinks-qwen05.json"))
+    lines = [
+        [model, *(f"{r['lost']} of {r['sinks']}" for r in mine)]
+        for model, mine in grouped(rows, "model").items()
+    ]
+    return markdown(["sinks lost on", *(TEXTS[text] for text in grouped(rows, "text"))], lines)
+
+
 def beside_evopress():
     """KL of the present form over that of EvoPress at 104 evaluations a request, seed by seed: both
     as ratios to uniform's with the same masks, calibration and search tokens.
@@ -805,6 +814,54 @@ def reached(ours, theirs, sparsity):
     spent = f"{r['evaluations'] / requests:.0f} evaluations a request have {mean(r):.3f}"
     verdict = "the least to reach" if enough else "not yet"
     return f"{spent}, {verdict} UniCuCo's {mean(ours):.3f}, at {times:.0f} times its evaluations."
+
+
+# {model: the comparisons that stand side by side; a method is read of the first that has it}
+RIVALS = {
+    "embedded, 5.5M": ("tiny-refitted", "tiny-curvature", "tiny-matrices", "tiny-large"),
+    "SmolLM2-135M": ("smollm2-opponents", "smollm2-curvature", "smollm2-dynamic")
+    + ("smollm2-blocks", "smollm2-matrices", "smollm2-any-two", "smollm2"),
+    "Qwen2.5-Coder-0.5B": ("qwen05-seed0", "qwen05-refit", "qwen05-evopress"),
+    "Qwen2.5-Coder-1.5B": ("qwen15",),
+}
+SCORED = {
+    "unicuco": "**StratNet**",
+    "curvature": "**StratNet, nothing measured**",
+    "dynamic": "dynamic programming",
+    "global": "one threshold for all weights",
+    "owl": "OWL, best of 12",
+    "dlp": "DLP",
+    **{b: f"EvoPress, {b} for each, best form" for b in (104, 416, 1664)},
+}
+
+
+def scores(names):
+    """{key of SCORED: (KL over uniform's at 0.5, evaluations for all requests)} of one model, with
+    nothing refitted, geometric mean over texts; of EvoPress's forms the best of each budget."""
+    keys = {METHODS[key]: key for key in SCORED if key in METHODS}
+    found = {}
+    for r in (r for name in names for r in requests_of(name)):
+        budget = re.search(r"EvoPress, (\d+) each", r["method"])
+        key = int(budget[1]) if budget else keys.get(r["method"])
+        ratios = [at[0.5] for at in r["at"].values() if 0.5 in at]
+        if key not in SCORED or not ratios:
+            continue
+        score = statistics.geometric_mean(ratios), r["evaluations"]
+        if budget or key not in found:
+            found[key] = min(score, found.get(key, score))
+    return found
+
+
+def scoreboard():
+    """Every method beside uniform pruning at 0.5, on every model."""
+    found = {model: scores(names) for model, names in RIVALS.items()}
+    lines = []
+    for key, name in SCORED.items():
+        spent = sorted({round(of[key][1]) for of in found.values() if key in of})
+        cells = [f"{of[key][0]:.2f}" if key in of else "-" for of in found.values()]
+        lines.append([name, " to ".join(map(str, (spent[0], spent[-1])[: len(spent)])), *cells])
+    head = ["KL over uniform's at 0.5, as pruned", "evaluations for 64 requests", *found]
+    return markdown(head, lines)
 
 
 def compare_tiny():
@@ -1015,6 +1072,7 @@ BLOCKS = {
         qwen05_perplexity,
         qwen15,
         sizes,
+        scoreboard,
         refitted_tiny,
         refitted_smollm2,
         refitted_searched,
@@ -1025,7 +1083,7 @@ BLOCKS = {
         refitted_strong,
         refitted_any_two,
         refitted_qwen05,
-        refitted_qwen05_weighted,
+        refitted_qwen05_present,
         qwen05_evopress_says,
         refitted_dynamic,
         smollm2_budgets,
@@ -1046,6 +1104,7 @@ BLOCKS = {
         smollm2_predicted,
         smollm2_predicted_says,
         damages,
+        sinks,
         compare_tiny,
         compare_tiny_says,
         compare_tiny_paired,
