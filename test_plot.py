@@ -220,6 +220,30 @@ def test_rows_that_train_did_not_write_are_one_line(tmp_path, name, broken):
     refuses(plot.read_rows, tmp_path / name, fields, match=name)
 
 
+def test_a_score_is_of_the_first_comparison_that_has_the_method_and_of_evopress_best_form(
+    monkeypatch,
+):
+    def row(method, at, evaluations):
+        return {"method": method, "at": at, "evaluations": evaluations}
+
+    found = {
+        "one": [
+            row("uniform", {"a": {0.5: 1.0}}, 0),
+            row("UniCuCo", {"a": {0.5: 0.4}, "b": {0.5: 0.9}}, 64),  # over texts sqrt(0.36)
+            row("EvoPress, 104 each", {"a": {0.5: 0.8}}, 6208),
+            row("OWL, best of 12", {"a": {0.6: 0.1}}, 768),  # not at 0.5
+        ],
+        "two": [
+            row("UniCuCo", {"a": {0.5: 0.1}}, 200),
+            row("matrix EvoPress, 104 each", {"a": {0.5: 0.7}}, 6464),
+            row("EvoPress, 52 each", {"a": {0.5: 0.2}}, 3136),  # no budget of the table
+        ],
+    }
+    monkeypatch.setattr(tables, "requests_of", found.get)
+    scores = tables.scores(["one", "two"])
+    assert scores == {"unicuco": (pytest.approx(0.6, rel=1e-12), 64), 104: (0.7, 6464)}  # float64
+
+
 def test_the_figure_of_sizes_is_drawn_from_results_alone(tmp_path):
     assert call(plot, "--sizes", "--out", tmp_path) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"sizes.png", "sizes.svg"}
