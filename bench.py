@@ -31,8 +31,7 @@ from script import (
     add_model,
     add_texts,
     at_least,
-    choose_device,
-    choose_tokens,
+    choose,
     provenance,
     run,
     write_json,
@@ -485,9 +484,7 @@ def arguments():
 def main():
     args = arguments()
     started = time.perf_counter()
-    device, dtype, reason = choose_device(args.device, args.dtype)
-    reason = choose_tokens(args, device, reason)
-    args.dtype = str(dtype)[6:]
+    device, dtype, reason = choose(args)
     inputs = sources(args) | {
         "tests": tests(args),
         "device": str(device),

@@ -67,8 +67,7 @@ from script import (
     add_model,
     add_texts,
     at_least,
-    choose_device,
-    choose_tokens,
+    choose,
     locked,
     peak_memory,
     provenance,
@@ -815,9 +814,7 @@ def describe(args, device):
 def main():
     args = arguments()
     started = time.perf_counter()
-    device, dtype, reason = choose_device(args.device, args.dtype)
-    reason = choose_tokens(args, device, reason)
-    args.dtype = str(dtype)[6:]
+    device, dtype, reason = choose(args)
     inputs = describe(args, device)
     check_also(args, inputs)
     threads = inputs["threads"]

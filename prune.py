@@ -54,8 +54,7 @@ from script import (
     add_model,
     add_texts,
     at_least,
-    choose_device,
-    choose_tokens,
+    choose,
     file_digest,
     join_processes,
     meet,
@@ -574,9 +573,7 @@ def main():
     if args.model.is_dir():
         files_to_copy(args.model)  # refused now, not after an hour of work
     meet()  # before one process writes, all have seen that nothing is there
-    device, dtype, reason = choose_device(args.device, args.dtype)
-    reason = choose_tokens(args, device, reason)
-    args.dtype = str(dtype)[6:]
+    device, dtype, reason = choose(args)
     service = Service(args, device, dtype)
     table = Table([r["name"] for r in requests], silent=args.json == "-")
     if first:

@@ -38,9 +38,9 @@ def damp(H, damping=DAMPING):
     (d_in,) > 0, a column that the windows hardly use counting as a thousandth of the mean, so that
     a singular H is no exception.
 
-    Of each column's own diagonal, not of the mean: as if every input had noise of its own, by which
-    a weight that only other text needs is neither lost nor spent on this text. Of the mean, a refit
-    of Qwen2.5 let one window in twenty begin without its attention sink (RESULTS.md).
+    Of each column's own diagonal, not of the mean: so an input's units do not matter, and a weight
+    that only rare tokens need is not free to go. Damped by the mean, one window of WikiText-2 in
+    twenty lost its attention sink in a refitted Qwen2.5 (RESULTS.md).
     """
     diagonal = H.diagonal()
     least = (diagonal.mean() / 1000).clamp(min=1e-12)

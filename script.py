@@ -255,6 +255,15 @@ def choose_tokens(args, device, reason):
     return reason
 
 
+def choose(args):
+    """(device, dtype, reason) of a script that measures; --tokens and --dtype of `args` become what
+    was chosen."""
+    device, dtype, reason = choose_device(args.device, args.dtype)
+    reason = choose_tokens(args, device, reason)
+    args.dtype = str(dtype)[6:]
+    return device, dtype, reason
+
+
 def send(tensor, device):
     """A tensor of host memory on `device`, in the order of what is launched there: the host does
     not wait.

@@ -79,7 +79,7 @@ def test_the_default_steps_lose_at_most_3_percent_of_what_the_exact_solution_gai
     W, kept, x, y = problem(24, 48, 400, seed=1)
     y = x @ W.T  # the dense outputs
     H, C = x.T @ x, y.T @ x
-    error = lambda V: layer_error_of(H, W, V)
+    error = lambda V: float(((x @ V.T - y) ** 2).sum())
     masked, ours = error(W * kept), error(solved(W, kept, H, C))
     exact = error(solved(W, kept, H, C, steps=400))
     assert exact < ours < masked and masked - ours > 0.97 * (masked - exact)
@@ -120,17 +120,20 @@ def test_without_correlation_the_chosen_mask_is_the_best_of_all_masks():
         assert torch.equal(kept, best)
 
 
-def test_among_correlated_inputs_the_chosen_mask_is_near_the_best_and_ahead_of_wanda():
+@pytest.mark.parametrize("noise, of_best, of_wanda", [(0.05, 1.15, 0.85), (0, 1.3, 0.9)])
+def test_among_correlated_inputs_the_chosen_mask_is_near_the_best_and_ahead_of_wanda(
+    noise, of_best, of_wanda
+):
     wanda, chosen, best = 0.0, 0.0, 0.0
     for seed in range(6):
         W, _, x, _ = problem(8, 8, 60, seed)
         H = x.T @ x
-        wanda += layer_error(H, W, keep_mask(ranks.wanda(W, x.norm(dim=0)), 0.5))
+        H += noise * H.diagonal().mean() * torch.eye(8)  # of every input's own
+        wanda += layer_error(H, W, keep_mask(ranks.wanda(W, H.diagonal().sqrt()), 0.5))
         chosen += layer_error(H, W, chosen_mask(W, H, 4))
         best += layer_error(H, W, torch.stack([best_mask(H, w, 4) for w in W]))
-    # 1.25 and 0.87: the sum over six seeds; with a damping of 0.3, 1.04 and 0.88, for the heavier it
-    # is, the less columns stand in for one another
-    assert best < chosen < 1.3 * best and chosen < 0.9 * wanda
+    # 1.10 and 0.83; without noise, where columns can stand in for one another, 1.25 and 0.87
+    assert best < chosen < of_best * best and chosen < of_wanda * wanda
 
 
 def test_rows_may_lose_different_counts_and_each_is_chosen_as_if_all_lost_as_many():

@@ -34,8 +34,7 @@ from script import (
     add_model,
     add_texts,
     at_least,
-    choose_device,
-    choose_tokens,
+    choose,
     join_processes,
     locked,
     meet,
@@ -353,10 +352,8 @@ class Run:
 
     def __init__(self, args):
         self.args, self.started, self.made = args, time.perf_counter(), provenance()
-        self.device, self.dtype, reason = choose_device(args.device, args.dtype)
-        self.reason = choose_tokens(args, self.device, reason)
+        self.device, self.dtype, self.reason = choose(args)
         self.first = join_processes()
-        args.dtype = str(self.dtype)[6:]
         self.setting = prepare(args, self.device, self.dtype, args.tokens)
         chosen_on = self.setting.calibration, self.setting.search
         own = from_the_first(self.first, lambda: fingerprint(args))

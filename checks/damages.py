@@ -25,8 +25,7 @@ from script import (
     Parser,
     add_model,
     add_texts,
-    choose_device,
-    choose_tokens,
+    choose,
     provenance,
     run,
     write_json,
@@ -71,9 +70,7 @@ def arguments():
 
 def main():
     args, started = arguments(), time.perf_counter()
-    device, dtype, reason = choose_device(args.device, args.dtype)
-    choose_tokens(args, device, reason)
-    args.dtype = str(dtype)[6:]
+    device, dtype, _ = choose(args)
     setting = prepare(args, device, dtype, args.tokens)
     pruner = Pruner(setting.model, setting.calibration)
     table = damage_table(pruner, setting.calibration, seed=args.seed)

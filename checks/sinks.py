@@ -2,12 +2,12 @@
 Does the first token of a window still become an attention sink once its model is pruned, refitted?
 
 Run       python -m checks.sinks --model DIR --data c4.jsonl --test wiki.test.raw --out FILE
-          (Qwen2.5-Coder-0.5B: 4 minutes)
+          (Qwen2.5-Coder-0.5B: 3 minutes)
 What      the first blocks alone, pruned uniformly and then refitted; the first four tokens of many
           windows of each test text go through them.
 Reading   the stream of a first token grows to tens of times that of others, and later tokens attend
           to it; it is lost where it has less than half of the dense model's size, and its window
-          with it. tiny and SmolLM2 have no such tokens, so nothing to lose.
+          with it.
 """
 
 import time
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from eval import cut
 from prune import prepare, sources
 from ranks import Pruner
 from refit import follow
@@ -22,8 +23,7 @@ from script import (
     Parser,
     add_model,
     add_texts,
-    choose_device,
-    choose_tokens,
+    choose,
     provenance,
     run,
     write_json,
@@ -46,7 +46,7 @@ def sizes(model, windows):
 
 def beginnings(windows, count):
     """(n, LENGTH): the first tokens of what windows are cut into."""
-    return windows.reshape(-1, APART)[:count, :LENGTH]
+    return cut(windows.flatten(), APART)[:count, :LENGTH]
 
 
 def rows_of(model, texts, dense, name):
@@ -74,9 +74,7 @@ def arguments():
 
 def main():
     args, started = arguments(), time.perf_counter()
-    device, dtype, reason = choose_device(args.device, args.dtype)
-    choose_tokens(args, device, reason)
-    args.dtype = str(dtype)[6:]
+    device, dtype, _ = choose(args)
     setting = prepare(args, device, dtype, args.tokens)
     model = setting.model
     model.model.layers = model.model.layers[: args.blocks]
