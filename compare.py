@@ -19,7 +19,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -204,6 +204,13 @@ def timed(run, find, sparsity):
         strategy = find(sparsity)
         run.pruner.apply(strategy)
     return {"strategy": strategy.tolist(), **cost}
+
+
+def seconds_of(work):
+    """What `work()` takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def answer(run, method, sparsity, found, shared=None):
@@ -405,12 +412,16 @@ def answered(run, found, before, sparsity):
 
 
 def by_curvature(run, method):
-    """StratNet trained on the table of curvature alone, as prune.py does where it finds none."""
-    started, windows = time.perf_counter(), run.setting.calibration
-    trained = stratnet_from_curvature(run.pruner, windows, run.args.seed)
-    seconds = run.journal(f"{run.args.seed} {method}", lambda: time.perf_counter() - started)
+    """StratNet trained on the table of curvature alone, as prune.py does where it finds none; not
+    again where the journal has all its answers."""
+    windows = run.setting.calibration
+    train = cache(partial(stratnet_from_curvature, run.pruner, windows, run.args.seed))
+    seconds = run.journal(f"{run.args.seed} {method}", partial(seconds_of, train))
     read = cost_in_tokens(windows) / run.f2.windows.numel()
-    find = partial(strategy_for, trained.net, counted_sparsity=run.pruner.sparsity)
+
+    def find(s):
+        return strategy_for(train().net, s, run.pruner.sparsity)
+
     return each(run, method, find, and_ends(run), {"seconds": seconds, "evaluations": read})
 
 

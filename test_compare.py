@@ -795,6 +795,18 @@ def test_a_comparison_is_kept_unless_it_is_resumed_or_given_up_and_two_do_not_sh
     assert call(compare, *words, "--force") == 0
 
 
+def test_a_resumed_comparison_reads_no_table_of_curvature_whose_answers_it_has(
+    small, text, tmp_path, short, monkeypatch
+):
+    words = (*options(small, text, tmp_path), "--served", 0.5, "--methods", "curvature")
+    assert call(compare, *words) == 0
+    before = read(tmp_path)[1]
+    never = lambda *_: pytest.fail("trained again")
+    monkeypatch.setattr(compare, "stratnet_from_curvature", never)
+    assert call(compare, *words, "--resume") == 0
+    assert read(tmp_path)[1] == before
+
+
 def test_a_comparison_is_not_resumed_on_other_windows_of_the_same_text(
     text, tmp_path, short, capsys
 ):
