@@ -252,11 +252,17 @@ class Normal:
         # damped, H is positive definite: cholesky_ex does not wait on CUDA to see whether it was
         return torch.cholesky_inverse(torch.linalg.cholesky_ex(self.H).L)
 
+    def fitted(self, U, R, wish):
+        """U of some rows of a dense matrix, overwritten, once they are pruned as wished."""
+        if not isinstance(wish, int) and wish.ndim == 2:
+            return conjugate_gradients(U, R, wish, self.rounded, self.steps)[0]
+        U += R @ self.inverse  # the solution without a mask
+        return choose(U, wish, self.rounded, self.inverse.diagonal().clone(), self.steps)
+
     def solve(self, W, wish, dtype):
         """The new values (d_out, d_in) of a dense matrix W, in `dtype`; wish: its mask, or how many
         weights of each row go, int or (d_out,).
         """
-        counted = isinstance(wish, int) or wish.ndim == 1
         if isinstance(wish, int):
             wishes = itertools.repeat(wish)
         else:
@@ -265,12 +271,7 @@ class Normal:
         pieces = []
         for w, wish, C in zip(in_rows(W), wishes, targets):
             U = w.float() * self.scale
-            R = self.lacking(w.float(), U, C)
-            if counted:
-                U += R @ self.inverse  # the solution without a mask
-                U = choose(U, wish, self.rounded, self.inverse.diagonal().clone(), self.steps)
-            else:
-                U, _ = conjugate_gradients(U, R, wish, self.rounded, self.steps)
+            U = self.fitted(U, self.lacking(w.float(), U, C), wish)
             pieces.append(storable(U / self.scale, w, dtype))
         return torch.cat(pieces)
 
