@@ -14,12 +14,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 
-from curvature import output_gradient, pieces_of
+from curvature import gradient_norms
 from eval import batches
 from gp import GaussianProcess
 from model import LINEARS
@@ -115,40 +114,6 @@ def dlp(medians, target):
 
 
 # ------------------------------------------------------------------------------ a global threshold
-def with_outputs(model, window):
-    """Forward on one window (T,), for a backward pass: final states (1, T, D), and the outputs
-    (1, T, d_out) of all Linears of the blocks, {parameter name: output}."""
-    outputs = {}
-    hooks = []
-    for i, block in enumerate(model.blocks):
-        for name in LINEARS:
-            keep = partial(kept_output, outputs, parameter_name(i, name))
-            hooks.append(block.get_submodule(name).register_forward_hook(keep))
-    h, rotary = model.embed(window[None]).requires_grad_(), model.rotary(len(window))
-    for block in model.blocks:
-        h = block(h, rotary)
-    for hook in hooks:
-        hook.remove()
-    return h, outputs
-
-
-def kept_output(outputs, name, module, inputs, output):
-    outputs[name] = output
-
-
-def gradient_norms(model, windows, seed=0):
-    """||g_i||_2 of every output i of every Linear, {parameter name: (d_out,) float32}: g is the
-    gradient of log p(y), y drawn from the model, in the same passes as those of `read_curves`."""
-    squares = {}
-    generator = torch.Generator().manual_seed(seed)
-    for window in pieces_of(windows, generator).to(model.embed.weight.device):
-        h, outputs = with_outputs(model, window)
-        gradient = output_gradient(model, h, generator)
-        for name, g in zip(outputs, torch.autograd.grad(h, [*outputs.values()], gradient)):
-            squares[name] = squares.get(name, 0) + (g.float() ** 2).sum((0, 1))
-    return {name: square.sqrt() for name, square in squares.items()}
-
-
 def kth_lowest(pieces, k):
     """The k-th lowest, from 1 on, of all values of float32 tensors, none negative.
 

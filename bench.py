@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
+from curvature import gradient_norms
 from eval import CHUNK, Divergence
 from gp import GaussianProcess
 from llama import pack, unpack
 from model import LINEARS, Config, Llama
 from prune import prepare, sources, tests
 from ranks import Pruner, activation_norms, rank, wanda
-from refit import BETWEEN, GROUPS, STAGES, STEPS, follow, gram, product_dtype
+from refit import BETWEEN, GROUPS, STAGES, STEPS, follow, gram, product_dtype, row_counts
 from script import (
     Parser,
     add_model,
@@ -220,9 +221,12 @@ def multiply(W, x, H, exact):
 
 def time_refit(table, pruner, windows):
     """One refit of the whole model against its matrix products."""
-    wishes = pruner.masks([0.5] * len(pruner.live)).counts()
+    pruner.restore()
+    g_norms = gradient_norms(pruner.model, windows)
+    strategy = [0.5] * len(pruner.live)
+    refit = lambda: follow(pruner, row_counts(pruner, strategy, g_norms), windows)
     products = refit_products(pruner, windows.numel())
-    whole, floor = race(lambda: follow(pruner, wishes, windows), products, repeats=1)
+    whole, floor = race(refit, products, repeats=1)
     table.add(
         f"refit survivors, {windows.numel()} tokens",
         "its bare matrix products / ours",
@@ -234,7 +238,7 @@ def time_refit(table, pruner, windows):
         table,
         f"memory of a refit, {windows.numel()} tokens",
         pruner.model,
-        lambda: follow(pruner, wishes, windows),
+        refit,
         bar="none: states of all windows, sums and the new values",
     )
 

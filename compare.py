@@ -40,12 +40,12 @@ from baselines import (
     sparsegpt,
     uniform,
 )
-from curvature import cost_in_tokens
+from curvature import cost_in_tokens, gradient_norms
 from eval import TASKS, all_prompts, cut, read_rows, zero_shot
 from model import LINEARS
 from prune import F2, Setting, prepare, sources, stratnet_from_curvature, tests
 from ranks import Masks, Pruner
-from refit import CONTRAST, follow
+from refit import CONTRAST, follow, row_counts
 from report import (
     ENDS,
     METHODS,
@@ -149,6 +149,12 @@ class Run:
     def steps(self):
         """EvoPress's selection before f2: none, if there is but one window."""
         return list(zip(self.quick, SURVIVORS[-len(self.quick) :]))
+
+    @cached_property
+    def g_norms(self):
+        """Of the gradients at the dense model's outputs: which rows a refit spares."""
+        self.pruner.restore()
+        return gradient_norms(self.setting.model, self.setting.calibration, self.args.seed)
 
     def evaluations(self):
         """Of f2 so far, in units of all search tokens."""
@@ -547,7 +553,8 @@ def refitted_all(run, answers, texts, owned):
     rows = []
     for a in tqdm(asked, desc=f"seed {run.args.seed}, refitted", disable=None):
         a = softer(run, a)
-        key = f"{name_of(a)}, refitted: {run.args.test_tokens} tokens of each text"
+        # of earlier journals: every row of a matrix loses as many
+        key = f"{name_of(a)}, refitted, rows weighed: {run.args.test_tokens} tokens of each text"
         found = run.journal(key, partial(refitted, run, a, readers, owned))
         rows += [row("refitted", a, text, more) for text, more in found.items()]
     run.pruner.restore()
@@ -589,11 +596,12 @@ def found_before(args):
     return without_smaller(answers)
 
 
-def counts_of(masks):
-    """How many weights of each row go, {parameter name: int or (d_out,)}: the refit says which."""
+def counts_of(run, answer, masks):
+    """How many weights of each row go, {parameter name: (d_out,)}: the refit says which. Those of
+    masks that are a method's own, else of all methods alike."""
     if isinstance(masks, Masks):
-        return masks.counts()
-    return {name: (~kept).sum(1) for name, kept in masks.items()}
+        return row_counts(run.pruner, answer["strategy"], run.g_norms)
+    return {name: (~kept).sum(1).cpu() for name, kept in masks.items()}
 
 
 def refitted(run, answer, readers, owned):
@@ -607,7 +615,7 @@ def refitted(run, answer, readers, owned):
         own = answer["method"] == SPARSEGPT[1]
         sparsegpt(pruner, windows, answer["sparsity"], None if own else masks)
     else:
-        follow(pruner, counts_of(masks), windows)
+        follow(pruner, counts_of(run, answer, masks), windows)
     seconds, counted = time.perf_counter() - started, pruner.zeros()
     return {
         text: {

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from gp import SHIFT
 from model import LINEARS
+from ranks import parameter_name
 from script import Refused
 
 LEVELS = 16
@@ -56,7 +57,7 @@ def damages(sums, tokens):
     return (sums**2).sum(0) / (2 * tokens)
 
 
-def output_gradient(model, h, generator):
+def head_gradient(model, h, generator):
     """d sum_t log p(y_t) / d h of final states h (1, T, D), y_t drawn from the model's own
     distribution at each position.
     """
@@ -67,7 +68,7 @@ def output_gradient(model, h, generator):
     return gradient
 
 
-def block_gradients(block, h, rotary, gradient):
+def weight_gradients(block, h, rotary, gradient):
     """Backward through one block from the gradient of its output: (gradient of its input h, [G of
     its seven matrices]).
     """
@@ -83,27 +84,75 @@ def block_gradients(block, h, rotary, gradient):
     return gradient, G
 
 
-def add_pass(pruner, window, generator, table):
-    """Add c_m(l) of one window (T,) to `table` (d, 7, LEVELS): forward once, then backward block by
-    block.
+def output_gradients(block, h, rotary, gradient):
+    """The same with [g (1, T, d_out) of what its seven matrices put out] for [G]."""
+    h, outputs = h.detach().requires_grad_(), {}
+    hooks = [
+        block.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: outputs.update({name: output})
+        )
+        for name in LINEARS
+    ]
+    try:
+        end = block(h, rotary)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradient, *g = torch.autograd.grad(end, [h, *(outputs[name] for name in LINEARS)], gradient)
+    return gradient, g
+
+
+def from_the_last(model, window, generator, gradients):
+    """(i, gradients) of every block of one window (T,), from the last block on: forward once, then
+    backward block by block, as `gradients` does, `weight_gradients` or `output_gradients`.
 
     Only the input of each block is kept, and each block is computed again for its gradient: so
     blocks may live in host memory.
     """
-    model = pruner.model
     rotary = model.rotary(len(window))
     with torch.no_grad():
         inputs = [model.embed(window[None])]
         for block in model.blocks:
             inputs.append(block(inputs[-1], rotary))
-    gradient = output_gradient(model, inputs.pop(), generator)
+    gradient = head_gradient(model, inputs.pop(), generator)
     for i, block in zip(reversed(range(len(inputs))), reversed(model.blocks)):
-        gradient, G = block_gradients(block, inputs[i], rotary, gradient)
+        gradient, found = gradients(block, inputs[i], rotary, gradient)
+        yield i, found
+
+
+def add_pass(pruner, window, generator, table):
+    """Add c_m(l) of one window (T,) to `table` (d, 7, LEVELS)."""
+    for i, G in from_the_last(pruner.model, window, generator, weight_gradients):
         damage = []
         for W, g, ranks in zip(pruner.dense[i], G, pruner.ranks[i]):
             sums = dropped_sums(g, W.to(g.device), ranks.to(g.device))
             damage.append(damages(sums, len(window)))
         table[i] += torch.stack(damage).cpu()
+
+
+def gradient_norms(model, windows, seed=0):
+    """||g_i||_2 of every output i of every Linear of a dense model, over the passes of
+    `damage_table`, {parameter name: (d_out,) float32}; g is the gradient of log p(y).
+
+    An error e_i of an output costs KL about 1/2 sum_i E (g_i e_i)^2: (1) where e stands for what
+    delta does. Refused where gradients overflow, as float16's may.
+    """
+    generator, squares = torch.Generator().manual_seed(seed), {}
+    chosen = pieces_of(windows, generator).to(model.embed.weight.device)
+    for window in tqdm(chosen, desc="curvature", disable=None, leave=False):
+        for i, gradients in from_the_last(model, window, generator, output_gradients):
+            for linear, g in zip(LINEARS, gradients):
+                name = parameter_name(i, linear)
+                squares[name] = squares.get(name, 0) + (g.float() ** 2).sum((0, 1))
+    check_finite(torch.cat([*squares.values()]), model)
+    return {name: square.sqrt() for name, square in squares.items()}
+
+
+def check_finite(found, model):
+    """Refused where what the gradients of a model gave is not all finite."""
+    if not found.isfinite().all():
+        dtype = str(model.embed.weight.dtype)[6:]
+        raise Refused(f"the dense model's gradients overflow in {dtype}: try --dtype float32")
 
 
 def pieces_of(windows, generator, passes=PASSES, tokens=PASS_TOKENS):
@@ -127,9 +176,7 @@ def damage_table(pruner, windows, passes=PASSES, tokens=PASS_TOKENS, seed=0):
     device = pruner.model.embed.weight.device
     for window in tqdm(chosen.to(device), desc="curvature", disable=None, leave=False):
         add_pass(pruner, window, generator, table)
-    if not table.isfinite().all():
-        dtype = str(pruner.live[0][0].dtype)[6:]
-        raise Refused(f"the dense model's gradients overflow in {dtype}: try --dtype float32")
+    check_finite(table, pruner.model)
     return table / len(chosen)
 
 

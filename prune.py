@@ -18,12 +18,13 @@ import platform
 import shutil
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from curvature import read_curves
+from curvature import gradient_norms, read_curves
 from eval import Divergence, draw, load_texts, stdlib_files
 from llama import (
     Tokenizer,
@@ -38,7 +39,7 @@ from model import Llama
 from offload import offload_blocks
 from patterns import pattern_masks
 from ranks import METRICS, Pruner, Survivors
-from refit import CONTRAST, follow
+from refit import CONTRAST, follow, row_counts
 from request import (
     KINDS,
     Surrogate,
@@ -279,6 +280,12 @@ class Service:
             return strategy
         return softened(strategy, CONTRAST, self.pruner.sparsity)
 
+    @cached_property
+    def g_norms(self):
+        """Of the gradients at the outputs of the dense model: which rows a refit spares."""
+        self.pruner.restore()
+        return gradient_norms(self.model, self.calibration, self.args.seed)
+
     def prune(self, strategy):
         """Make the model that of the strategy, by ranks or in a pattern, survivors refitted or not.
 
@@ -292,8 +299,8 @@ class Service:
             counted = pruner.mask_sparsity(masks)
         if self.args.refit:
             chosen = chosen_by_refit(self.args)
-            wanted, dtypes = masks.counts() if chosen else masks, stored_dtypes(self.args.model)
-            values = follow(pruner, wanted, self.calibration, dtypes)
+            wanted = row_counts(pruner, strategy, self.g_norms) if chosen else masks
+            values = follow(pruner, wanted, self.calibration, stored_dtypes(self.args.model))
             return Survivors(values) if chosen else masks, counted, values
         pruner.apply_masks(masks) if self.args.pattern else pruner.apply(strategy)
         return masks, counted, None

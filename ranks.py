@@ -211,8 +211,8 @@ class Masks(MadeOnDemand):
         return ranks >= threshold
 
     def counts(self):
-        """{parameter name: how many weights of each row go}."""
-        return {name: threshold for name, (_, threshold) in self.parts.items()}
+        """{parameter name: how many weights of each row go, (d_out,) int64 on the CPU}."""
+        return {name: torch.full((len(r),), k) for name, (r, k) in self.parts.items()}
 
 
 class Survivors(MadeOnDemand):
@@ -235,7 +235,7 @@ class Pruner:
         if metric not in METRICS:
             raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
         self.model, self.score = model, METRICS[metric]
-        norms = activation_norms(model, windows)
+        norms = self.x_norms = activation_norms(model, windows)
         blocks = range(len(model.blocks))
         self.names = [[parameter_name(i, name) for name in LINEARS] for i in blocks]
         self.live = [

@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from eval import batches
 from model import LINEARS
+from ranks import MadeOnDemand
+from script import send
 
 STEPS = 8  # of conjugate gradients: within 3 % of the exact solution's error
 DAMPING = 0.1  # of each column's diagonal of H: how strongly survivors are held to their old values
@@ -100,19 +102,17 @@ def conjugate_gradients(V, R, kept, H, steps):
     return V.masked_fill_(~kept, 0), R  # also in a row that overflowed
 
 
-def without_lowest(cost, count):
-    """True but for the `count` lowest of each row of cost (d_out, d_in): an int, or one for each
-    row, (d_out,).
-    """
-    most = count if isinstance(count, int) else int(count.max())
+def without_lowest(cost, counts):
+    """True but for the lowest of each row of cost (d_out, d_in); counts (d_out,), on the CPU, says
+    how many."""
+    most, device = int(counts.max()), cost.device
     gone = cost.topk(most, largest=False).indices
-    each = count if isinstance(count, int) else count[:, None]
-    goes = torch.arange(most, device=cost.device) < each
-    return torch.ones_like(cost, dtype=torch.bool).scatter_(1, gone, ~goes.expand_as(gone))
+    goes = torch.arange(most, device=device) < send(counts, device)[:, None]
+    return torch.ones_like(cost, dtype=torch.bool).scatter_(1, gone, ~goes)
 
 
 def choose(V, drop, H, inverse, steps):
-    """The values V of rows that lose `drop` weights each, int or (d_out,), those whose loss the
+    """The values V of rows that lose `drop` weights each, (d_out,) on the CPU, those whose loss the
     others make good; of V (d_out, d_in), the solution without a mask, which is overwritten.
 
     In STAGES those weights go that cost least once the others have made it good, v_j^2 / [H^-1]_jj,
@@ -134,6 +134,36 @@ def storable(V, W, dtype):
     rounded = V.to(dtype)
     fits = rounded.isfinite().all(1, keepdim=True)
     return torch.where(fits, rounded, torch.where(V != 0, W, 0).to(dtype))
+
+
+def lost_by_row(score, count):
+    """How many of the `count` lowest of score (d_out, d_in) lie in each row, (d_out,) int64; of
+    those that are equal the first rows' are lower."""
+    if count == 0:
+        return torch.zeros(len(score), dtype=torch.int64)
+    lowest = score.flatten().kthvalue(count).values
+    lower, level = (score < lowest).sum(1), (score == lowest).sum(1)
+    left = count - lower.sum() - (level.cumsum(0) - level)
+    return (lower + left.clamp(min=0).minimum(level)).cpu()
+
+
+def row_counts(pruner, strategy, g_norms):
+    """{parameter name: how many weights of each row go, (d_out,) int64}, made on demand. A matrix
+    loses as many as by `strategy`, those that score lowest once a row's scores are weighed by what
+    an error of its output costs: so a row loses more, the less depends on it.
+
+    g_norms   {parameter name: (d_out,)} of gradients at the outputs, see `gradient_norms`
+    """
+    places = {n: (i, j) for i, names in enumerate(pruner.names) for j, n in enumerate(names)}
+    dropped = pruner.dropped_per_row(strategy) * pruner.d_out
+
+    def counts(name):
+        i, j = places[name]
+        x_norm = pruner.x_norms[name]
+        score = pruner.score(pruner.dense[i][j].to(x_norm.device), x_norm)
+        return lost_by_row(score.mul_(g_norms[name][:, None]), int(dropped[i, j]))
+
+    return MadeOnDemand(places, counts)
 
 
 def panels(d_in, count=4):
@@ -254,19 +284,17 @@ class Normal:
 
     def fitted(self, U, R, wish):
         """U of some rows of a dense matrix, overwritten, once they are pruned as wished."""
-        if not isinstance(wish, int) and wish.ndim == 2:
-            return conjugate_gradients(U, R, wish, self.rounded, self.steps)[0]
+        if wish.ndim == 2:
+            kept = wish.to(U.device)
+            return conjugate_gradients(U, R, kept, self.rounded, self.steps)[0]
         U += R @ self.inverse  # the solution without a mask
         return choose(U, wish, self.rounded, self.inverse.diagonal().clone(), self.steps)
 
     def solve(self, W, wish, dtype):
         """The new values (d_out, d_in) of a dense matrix W, in `dtype`; wish: its mask, or how many
-        weights of each row go, int or (d_out,).
+        weights of each row go, (d_out,) on the CPU.
         """
-        if isinstance(wish, int):
-            wishes = itertools.repeat(wish)
-        else:
-            wishes = wish.to(self.H.device).split(len(in_rows(W)[0]))
+        wishes = wish.split(len(in_rows(W)[0]))
         targets = itertools.repeat(self.C) if self.shared else in_rows(self.C)
         pieces = []
         for w, wish, C in zip(in_rows(W), wishes, targets):
@@ -297,7 +325,8 @@ def follow(pruner, wishes, windows, dtypes=None, **how):
     (n, T).
 
     wishes    {parameter name: bool (d_out, d_in), True = kept}; or how many weights of each row
-              go, int or (d_out,), and `choose` says which; a matrix that is not named stays dense
+              go, (d_out,) on the CPU, as `row_counts` says, and `choose` says which; a matrix that
+              is not named stays dense
     dtypes    {parameter name: dtype} of the source's files, to which values are rounded before they
               are used; default: as computed
     how       steps, damping, lead: see `Normal`

@@ -19,14 +19,14 @@ import simcuda
 import train
 from checks.counted import empty_model
 from conftest import ROOT, call, random_net, refuses, write_small
-from curvature import damage_table
+from curvature import damage_table, gradient_norms
 from eval import Divergence, accelerate, perplexity, zero_shot
 from llama import load_llama, pack, save_llama, unpack
 from model import Config, generate
 from offload import offload_blocks
 from patterns import pattern_masks
 from ranks import Pruner, Survivors, rank
-from refit import follow
+from refit import follow, row_counts
 from script import choose_device, choose_tokens
 from simcuda import Mismatch, simulated
 from unicuco import Scale, SearchResult
@@ -83,7 +83,9 @@ class Paths:
         masks = pruner.masks(STRATEGY)
         follow(pruner, masks, self.windows)
         self.results["refitted on its masks"] = self.divergence.measure()
-        self.values = follow(pruner, masks.counts(), self.windows)
+        pruner.restore()
+        g_norms = gradient_norms(self.model, self.windows)
+        self.values = follow(pruner, row_counts(pruner, STRATEGY, g_norms), self.windows)
         self.masks = Survivors(self.values)
         self.results["refitted"] = self.divergence.measure()
 

@@ -54,20 +54,45 @@ def test_the_table_equals_autograd_on_the_whole_model_with_masks_applied_one_by_
                 assert float(table[i, j, level - 1]) == pytest.approx(expected, rel=1e-4)  # float32
 
 
+def test_gradients_at_outputs_are_those_that_autograd_gives_the_whole_model(small):
+    model, _ = load_llama(small)
+    windows = torch.randint(3, 4096, (1, 256), generator=torch.Generator().manual_seed(0))
+    found = curvature.gradient_norms(model, windows, seed=3)  # one pass
+    g = torch.Generator().manual_seed(3)
+    (window,) = curvature.pieces_of(windows, g)
+    seen = {}
+
+    def record(name):
+        def hook(module, inputs, outputs):
+            seen[name] = outputs[0].flatten(0, 1).norm(dim=0)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_full_backward_hook(record(name + ".weight"))
+    log_p = model.requires_grad_(True)(window[None])[0].log_softmax(-1)
+    y = torch.multinomial(log_p.detach().exp(), 1, generator=g)
+    log_p.gather(1, y).sum().backward()
+    assert found.keys() == seen.keys() and len(found) == 3 * 7
+    assert all(relative(found[name], seen[name]) < 1e-4 for name in seen)  # float32
+
+
 def test_offloaded_blocks_give_the_same_table_and_the_model_is_left_as_it_was():
     windows = torch.randint(3, 512, (2, 32), generator=torch.Generator().manual_seed(0))
-    tables = []
+    tables, norms = [], []
     for offloaded in (False, True):
         model = random_model()
         if offloaded:
             offload_blocks(model, "cpu")
         pruner = Pruner(model, windows)
         tables.append(curvature.damage_table(pruner, windows, passes=2, tokens=32))
+        norms.append(torch.cat([*curvature.gradient_norms(model, windows).values()]))
         assert not any(p.requires_grad for p in model.parameters())
         assert all(
             torch.equal(a, b) for x, y in zip(pruner.live, pruner.dense) for a, b in zip(x, y)
         )
-    assert torch.equal(*tables)
+    assert torch.equal(*tables) and torch.equal(*norms)
 
 
 def test_curves_fitted_to_a_table_of_their_own_form_are_found_again():
@@ -141,7 +166,7 @@ def test_sums_by_pieces_of_rows_are_those_of_the_whole_matrix_bit_for_bit(monkey
 def test_gradients_that_overflow_are_refused_in_one_line(monkeypatch):
     windows = torch.randint(3, 512, (2, 32), generator=torch.Generator().manual_seed(0))
     pruner = Pruner(random_model(), windows)
-    real = curvature.output_gradient
-    monkeypatch.setattr(curvature, "output_gradient", lambda *a: real(*a) * math.inf)
+    real = curvature.head_gradient
+    monkeypatch.setattr(curvature, "head_gradient", lambda *a: real(*a) * math.inf)
     with pytest.raises(Refused, match="overflow in float32: try --dtype float32"):
         curvature.read_curves(pruner, windows)

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from curvature import gradient_norms
 from eval import Divergence
 from prune import find_stratnet, prepare
 from ranks import Pruner
-from refit import CONTRAST, follow
+from refit import CONTRAST, follow, row_counts
 from request import STEP, Surrogate, by_divergence
 from script import TINY, provenance, write_json, write_provenance
 from unicuco import KL_FLOOR, MAX, softened, strategy_for
@@ -43,6 +44,7 @@ class Tabulated:
         windows = next(iter(self.setting.held_out.values()))[:WINDOWS]
         self.pruner = Pruner(self.setting.model, self.setting.calibration)
         self.pruner.restore()
+        self.g_norms = gradient_norms(self.setting.model, self.setting.calibration)
         self.divergence = Divergence(self.setting.model, windows)
         trained = find_stratnet(None, TINY, len(self.setting.model.blocks))
         sparsities = [k * STEP for k in range(1, round(MAX / STEP) + 1)]
@@ -54,7 +56,8 @@ class Tabulated:
     def refit(self, strategy):
         """As prune.py delivers it."""
         strategy = softened(strategy, CONTRAST, self.pruner.sparsity)
-        follow(self.pruner, self.pruner.masks(strategy).counts(), self.setting.calibration)
+        counts = row_counts(self.pruner, strategy, self.g_norms)
+        follow(self.pruner, counts, self.setting.calibration)
 
     def kls(self, make, every):
         """KL (steps, windows) of what `make` makes of a strategy: measured at every so many steps

@@ -11,16 +11,17 @@ Exit      1 if a number drifted. A row whose model or text is not here is said, 
 import argparse
 import json
 import sys
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 import tables
 from checks import counted
+from curvature import gradient_norms
 from eval import Divergence
 from prune import prepare, sources, tests
 from ranks import Pruner
-from refit import follow
+from refit import follow, row_counts
 from script import DTYPES, TINY
 from simcuda import simulated
 from train import first_tokens
@@ -78,13 +79,17 @@ def measured(rows, files, calibration, seed, dtype):
         text: Divergence(setting.model, first_tokens(setting.held_out, tokens)[text])
         for text, tokens in longest.items()
     }
+    g_norms = cache(partial(dense_norms, pruner, setting.calibration, seed))
     known, now = {}, []
     for row in rows:
         refit = is_refitted(row)
         strategy = row.get("strategy", [row["sparsity"]] * len(setting.model.blocks))
         divergence, key = texts[row["text"]], (tuple(strategy), refit, row["text"])
         if key not in known:
-            prune(pruner, strategy, setting.calibration if refit else None)
+            if refit:
+                follow(pruner, row_counts(pruner, strategy, g_norms()), setting.calibration)
+            else:
+                pruner.apply(torch.tensor(strategy, dtype=torch.float64))
             divergence.measure()
             known[key] = divergence.of_windows.double()
         now.append(float(known[key][: row["tokens"] // divergence.windows.shape[1]].mean()))
@@ -95,12 +100,9 @@ def is_refitted(row):
     return bool(row.get("refit")) or row.get("table") == "refitted"
 
 
-def prune(pruner, strategy, calibration):
-    """Make the model that of the strategy, survivors refitted on `calibration` if it is given."""
-    if calibration is None:
-        pruner.apply(torch.tensor(strategy, dtype=torch.float64))
-    else:
-        follow(pruner, pruner.masks(strategy).counts(), calibration)
+def dense_norms(pruner, calibration, seed):
+    pruner.restore()
+    return gradient_norms(pruner.model, calibration, seed)
 
 
 def gigabytes(name, stage):

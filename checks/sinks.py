@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from curvature import gradient_norms
 from eval import cut
 from prune import prepare, sources
 from ranks import Pruner
-from refit import follow
+from refit import follow, row_counts
 from script import (
     Parser,
     add_model,
@@ -77,6 +78,7 @@ def main():
     device, dtype, _ = choose(args)
     setting = prepare(args, device, dtype, args.tokens)
     model = setting.model
+    g_norms = gradient_norms(model, setting.calibration, args.seed)
     model.model.layers = model.model.layers[: args.blocks]
     texts = {text: beginnings(w, args.count) for text, w in setting.held_out.items()}
     dense = {text: sizes(model, windows) for text, windows in texts.items()}
@@ -84,7 +86,7 @@ def main():
     strategy = [args.sparsity] * len(model.blocks)
     pruner.apply(strategy)
     rows = rows_of(model, texts, dense, "as pruned")
-    follow(pruner, pruner.masks(strategy).counts(), setting.calibration)
+    follow(pruner, row_counts(pruner, strategy, g_norms), setting.calibration)
     rows += rows_of(model, texts, dense, "refitted")
     for r in rows:
         print(f"{r['model']:<10} {r['text']:<24} {r['lost']} of {r['sinks']} sinks lost")
