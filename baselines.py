@@ -22,7 +22,7 @@ from curvature import gradient_norms
 from eval import batches
 from gp import GaussianProcess
 from model import LINEARS
-from ranks import MadeOnDemand, activation_norms, parameter_name, wanda
+from ranks import MadeOnDemand, activation_norms, kth_lowest, parameter_name, wanda
 from refit import GROUPS, gram
 from unicuco import MAX, log_divergence, one_thread, shift_to, to_logits
 
@@ -114,27 +114,6 @@ def dlp(medians, target):
 
 
 # ------------------------------------------------------------------------------ a global threshold
-def kth_lowest(pieces, k):
-    """The k-th lowest, from 1 on, of all values of float32 tensors, none negative.
-
-    By radix, the upper half of a value's bits first, for it orders like them: no copy of all values
-    is made. pieces() returns the tensors anew, one by one.
-    """
-    bits = lambda: (piece.view(torch.int32) for piece in pieces())
-    upper, k = in_which_bin((b >> 16 for b in bits()), k)
-    lower, _ = in_which_bin((b[b >> 16 == upper] & 0xFFFF for b in bits()), k)
-    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32)
-
-
-def in_which_bin(pieces, k):
-    """Of integer tensors below 2^16, the k-th lowest value, and its place among those equal to
-    it."""
-    counts = sum(piece.flatten().bincount(minlength=2**16) for piece in pieces)
-    reached = counts.cumsum(0)
-    value = int((reached < k).sum())
-    return value, k - int(reached[value] - counts[value])
-
-
 class GlobalThreshold:
     """Masks of one threshold for all weights of the model, where Wanda has one for each row: the
     lowest |W_ij| ||X_j|| ||g_i|| go, wherever they are. Used like the Pruner that it is made of.

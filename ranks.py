@@ -102,6 +102,27 @@ def keep_mask(score, sparsity):
     return rank(score.float()) >= weights_to_drop(sparsity, score.shape[1])
 
 
+def kth_lowest(pieces, k):
+    """The k-th lowest, from 1 on, of all values of float32 tensors, none negative.
+
+    By radix, the upper half of a value's bits first, for it orders like them: no copy of all values
+    is made. pieces() returns the tensors anew, one by one.
+    """
+    bits = lambda: (piece.view(torch.int32) for piece in pieces())
+    upper, k = in_which_bin((b >> 16 for b in bits()), k)
+    lower, _ = in_which_bin((b[b >> 16 == upper] & 0xFFFF for b in bits()), k)
+    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32)
+
+
+def in_which_bin(pieces, k):
+    """Of integer tensors below 2^16, the k-th lowest value, and its place among those equal to
+    it."""
+    counts = sum(piece.flatten().bincount(minlength=2**16) for piece in pieces)
+    reached = counts.cumsum(0)
+    value = int((reached < k).sum())
+    return value, k - int(reached[value] - counts[value])
+
+
 def write_pruned(W, ranks, threshold, out):
     """out = W where ranks >= threshold, else +0.0, all (d_out, d_in): set, never multiplied (-1 *
     False is -0.0, inf * False is NaN).

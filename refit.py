@@ -1,17 +1,19 @@
 """
-Survivors that follow the dense model: of every Linear those weights go whose loss the others can
-make good, and the others do.
+Survivors that follow the dense model: of every Linear those weights go whose loss matters least and
+the others can make good, and the others do.
 
 Source    least squares on a fixed mask by preconditioned conjugate gradients is the last step of
           ALPS (arXiv 2406.07831); that the target is the dense model's output, not W times the
           pruned input, is GPTAQ's (arXiv 2504.02692); what losing a weight costs once the others
           have moved is Optimal Brain Surgeon's (Hassibi and Stork, 1992).
+          That an output's error costs KL by the square of its gradient is the half of K-FAC
+          (Martens and Grosse, arXiv 1503.05671) whose other half is H.
 Reading   beside prune.py, whose --refit calls `follow`. Next: train.py. Can be skipped at first.
 Shapes    x (tokens, d_in) inputs in the pruned model, y (tokens, d_out) wanted outputs,
           H = x^T x (d_in, d_in), C = y^T x (d_out, d_in), all float32; windows (n, T); V the
           values that are solved for, R = C - V H what they still lack.
-Not here  how many weights of each row go, which is the strategy's; gradient descent through the
-          whole model.
+Not here  how many weights of each matrix go, which is the strategy's; gradient descent through
+          the whole model.
 """
 
 import itertools
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from eval import batches
 from model import LINEARS
-from ranks import MadeOnDemand
+from ranks import MadeOnDemand, kth_lowest
 from script import send
 
 STEPS = 8  # of conjugate gradients: within 3 % of the exact solution's error
@@ -141,7 +143,7 @@ def lost_by_row(score, count):
     those that are equal the first rows' are lower."""
     if count == 0:
         return torch.zeros(len(score), dtype=torch.int64)
-    lowest = score.flatten().kthvalue(count).values
+    lowest = kth_lowest(lambda: [score], count)
     lower, level = (score < lowest).sum(1), (score == lowest).sum(1)
     left = count - lower.sum() - (level.cumsum(0) - level)
     return (lower + left.clamp(min=0).minimum(level)).cpu()

@@ -62,6 +62,16 @@ def test_wanda_differs_from_magnitude_on_a_case_worked_by_hand():
     ]
 
 
+def test_the_kth_lowest_of_several_tensors_is_that_of_all_of_them_sorted():
+    g = torch.Generator().manual_seed(0)
+    pieces = [torch.rand(3, 50, generator=g) ** 8, torch.zeros(2, 4), torch.full((40,), 0.5)]
+    pieces.append(torch.tensor([torch.inf, 1e-45, 3e38, 0.5]))  # a subnormal, and no number above
+    together = torch.cat([piece.flatten() for piece in pieces]).sort().values
+    for k in range(1, len(together) + 1):
+        found = ranks.kth_lowest(lambda: iter(pieces), k)
+        assert found.dtype == torch.float32 and found == together[k - 1], k  # exactly
+
+
 def test_masks_drop_exact_counts_in_stable_order_and_are_nested():
     score = (
         torch.randn(7, 100, generator=torch.Generator().manual_seed(0)).abs() * 4
@@ -497,7 +507,7 @@ def test_the_model_of_the_last_measurement_is_delivered_without_pruning_it_again
     record = json.loads((tmp_path / "a" / "strategy.json").read_text())
     delivered = record["strategy"][0][0]
     assert 0.9 * 2 <= record["kl_at_most"] <= 2  # the last measurement is what is delivered
-    counts = [arguments[1] for _, arguments in refits]
+    counts = [{n: c.tolist() for n, c in arguments[1].items()} for _, arguments in refits]
     assert all(counts.count(of) == 1 for of in counts)
     again = ("--sparsity", delivered, "--out", tmp_path / "b")
     assert call(prune, *options(small, text), *words, *again) == 0
