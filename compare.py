@@ -45,7 +45,7 @@ from eval import TASKS, all_prompts, cut, read_rows, zero_shot
 from model import LINEARS
 from prune import F2, Setting, prepare, sources, stratnet_from_curvature, tests
 from ranks import Masks, Pruner
-from refit import CONTRAST, follow, row_counts
+from refit import CONTRAST, TEMPER, follow, row_counts
 from report import (
     ENDS,
     METHODS,
@@ -553,8 +553,8 @@ def refitted_all(run, answers, texts, owned):
     rows = []
     for a in tqdm(asked, desc=f"seed {run.args.seed}, refitted", disable=None):
         a = softer(run, a)
-        # of earlier journals: every row of a matrix loses as many
-        key = f"{name_of(a)}, refitted, rows weighed: {run.args.test_tokens} tokens of each text"
+        # of earlier journals: every row of a matrix loses as many, or another TEMPER
+        key = f"{name_of(a)}, refitted, rows by {TEMPER:g}: {run.args.test_tokens} tokens of each text"
         found = run.journal(key, partial(refitted, run, a, readers, owned))
         rows += [row("refitted", a, text, more) for text, more in found.items()]
     run.pruner.restore()

@@ -31,6 +31,7 @@ STEPS = 8  # of conjugate gradients: within 3 % of the exact solution's error
 DAMPING = 0.1  # of each column's diagonal of H: how strongly survivors are held to their old values
 LEAD = 0.5  # how far the target leads from W x, x the refitted model's, to the dense model's output
 CONTRAST = 0.7  # of a strategy's logits before a refit, which makes good most where most was lost
+TEMPER = 0.75  # power of a row's gradient by which its scores are weighed: 1 strips rows bare
 STAGES = 4  # in which a row loses its weights, where the refit chooses them
 BETWEEN = 3  # steps of conjugate gradients between two stages
 SOLVED = 2**23  # weights of a matrix solved for at once: 13 times their 34 MB live meanwhile
@@ -161,9 +162,9 @@ def row_counts(pruner, strategy, g_norms):
 
     def counts(name):
         i, j = places[name]
-        x_norm = pruner.x_norms[name]
+        x_norm, weights = pruner.x_norms[name], g_norms[name] ** TEMPER
         score = pruner.score(pruner.dense[i][j].to(x_norm.device), x_norm)
-        return lost_by_row(score.mul_(g_norms[name][:, None]), int(dropped[i, j]))
+        return lost_by_row(score.mul_(weights[:, None]), int(dropped[i, j]))
 
     return MadeOnDemand(places, counts)
 

@@ -326,6 +326,10 @@ def qwen15():
     return markdown(["text, sparsity, method", "KL", "KL over uniform's", "perplexity"], lines)
 
 
+def refitted_qwen15():
+    return refitted_block(comparison("qwen15-refit")[1])
+
+
 SIZED = (0.3, 0.5, 0.6)  # sparsities at which models of several sizes were measured
 
 
@@ -377,6 +381,7 @@ REFITTED = {
     "tiny": lambda: read_rows(results("refit-tiny.json")),
     "smollm2": lambda: as_refit_rows(delivered()),
     "qwen05": lambda: as_refit_rows(as_delivered(comparison("qwen05-refit")[1])),
+    "qwen15": lambda: as_refit_rows(as_delivered(comparison("qwen15-refit")[1])),
 }
 
 
@@ -419,20 +424,11 @@ def refitted_block(rows):
 
 
 def refitted_tiny():
-    return refitted_block(comparison("tiny-refitted")[1])
+    return refitted_block(comparison("tiny-rivals")[1])
 
 
 def refitted_smollm2():
     return refitted_block(delivered())
-
-
-def refitted_searched():
-    """What measuring taught, refitted: worse than `refitted_smollm2`."""
-    return refitted_block(of_seeds("smollm2"))
-
-
-def refitted_opponents():
-    return refitted_block(comparison("smollm2-opponents")[1])
 
 
 def refitted_means(rows, asked):
@@ -459,59 +455,37 @@ def in_order(means):
     return ", ".join(f"{method} {means[method]:.3f}" for method in sorted(means, key=means.get))
 
 
-def refitted_beside():
-    """Of seed 0 on SmolLM2, every method that was refitted at 0.5 and 0.6 by the refit before, each
-    over uniform's of its own run.
-    """
-    asked = 0.5, 0.6
-    means = refitted_means(comparison("smollm2-opponents")[1], asked)
-    means[f"{UNICUCO} as searched"] = means.pop(UNICUCO)
-    means |= refitted_means(comparison("smollm2-dynamic")[1], asked)
-    means |= refitted_means(as_delivered(comparison("smollm2-refit-before")[1]), asked)
-    return (
-        "KL over refitted uniform's, seed 0, geometric mean of both texts at"
-        f" {joined(asked)}: {in_order(means)}."
-    )
-
-
 def refitted_tiny_says():
-    return refitted_says(comparison("tiny-refitted")[1])
+    return refitted_says(comparison("tiny-rivals")[1])
 
 
-def refitted_dynamic():
-    return refitted_block(comparison("smollm2-dynamic")[1])
+def refitted_rivals():
+    return refitted_block(comparison("smollm2-rivals")[1])
+
+
+def refitted_rivals_says():
+    return refitted_says(comparison("smollm2-rivals")[1])
 
 
 def qwen05_refitted():
     """Rows of Qwen2.5-Coder-0.5B: the same refit of all at 0.5, SparseGPT at every sparsity."""
-    rows, more = (comparison(f"qwen05-{name}")[1] for name in ("refitted", "evopress"))
-    return rows + [r for r in more if r["method"] != "uniform"]
+    rows, more = (comparison(f"qwen05-{name}")[1] for name in ("refit", "refitted"))
+    return rows + [r for r in more if r["method"].startswith("SparseGPT")]
 
 
 def refitted_qwen05():
     return refitted_block(qwen05_refitted())
 
 
-def refitted_qwen05_present():
-    return refitted_block(comparison("qwen05-refit")[1])
-
-
 def qwen05_evopress_says():
     """EvoPress and UniCuCo before it measured, as pruned, on each text."""
-    rows = report.with_ratios(qwen05_refitted(), "requests")
+    rows, more = (comparison(f"qwen05-{name}")[1] for name in ("refit", "evopress"))
+    rows = report.with_ratios(rows + [r for r in more if r["method"] != "uniform"], "requests")
     sentences = []
     for text, mine in grouped([r for r in rows if r["sparsity"] == 0.5], "text").items():
         ratios = {r["method"]: r["ratio"] for r in mine if r["method"] != "uniform"}
         sentences.append(f"{TEXTS[text]}: {in_order(ratios)}.")
     return bullets(sentences)
-
-
-def refitted_strong():
-    return refitted_block(comparison("smollm2-strong")[1])
-
-
-def refitted_any_two():
-    return refitted_block(comparison("smollm2-any-two")[1])
 
 
 def rivals_tiny_says():
@@ -760,10 +734,6 @@ def compare_matrices_says():
     return bullets(says("tiny-matrices"))
 
 
-def refitted_matrices():
-    return refitted_block(comparison("tiny-matrices")[1])
-
-
 def compare_large():
     return requests_block("tiny-large")
 
@@ -835,19 +805,24 @@ SCORED = {
 }
 
 
+def scored(method):
+    """What a method of compare.py stands under in SCORED and REFITTED_AS."""
+    budget = re.search(r"EvoPress, (\d+) each", method)
+    keys = {name: key for key, name in METHODS.items()}
+    return int(budget[1]) if budget else keys.get(method, method)
+
+
 def scores(names):
     """{key of SCORED: (KL over uniform's at 0.5, evaluations for all requests)} of one model, with
     nothing refitted, geometric mean over texts; of EvoPress's forms the best of each budget."""
-    keys = {METHODS[key]: key for key in SCORED if key in METHODS}
     found = {}
     for r in (r for name in names for r in requests_of(name)):
-        budget = re.search(r"EvoPress, (\d+) each", r["method"])
-        key = int(budget[1]) if budget else keys.get(r["method"])
+        key = scored(r["method"])
         ratios = [at[0.5] for at in r["at"].values() if 0.5 in at]
         if key not in SCORED or not ratios:
             continue
         score = statistics.geometric_mean(ratios), r["evaluations"]
-        if budget or key not in found:
+        if isinstance(key, int) or key not in found:
             found[key] = min(score, found.get(key, score))
     return found
 
@@ -862,6 +837,46 @@ def scoreboard():
         lines.append([name, " to ".join(map(str, (spent[0], spent[-1])[: len(spent)])), *cells])
     head = ["KL over uniform's at 0.5, as pruned", "evaluations for 64 requests", *found]
     return markdown(head, lines)
+
+
+# {model: rows of what was refitted there}
+REFITTED_ON = {
+    "embedded, 5.5M": lambda: comparison("tiny-rivals")[1],
+    "SmolLM2-135M": lambda: comparison("smollm2-rivals")[1],
+    "Qwen2.5-Coder-0.5B": qwen05_refitted,
+    "Qwen2.5-Coder-1.5B": lambda: comparison("qwen15-refit")[1],
+}
+REFITTED_AS = {
+    "uniform": "uniform, over its KL as pruned",
+    "curvature": "**StratNet**",
+    **{key: name for key, name in SCORED.items() if key != "curvature"},
+    "unicuco": "StratNet as searched",
+    "SparseGPT, its masks": "SparseGPT, its masks and update",
+}
+
+
+def refitted_scores(rows):
+    """{key of REFITTED_AS: KL over refitted uniform's at 0.5}, geometric mean over texts and seeds;
+    and under "uniform" refitted uniform's over uniform's as pruned."""
+    found = {}
+    for r in report.refitted_table(rows):
+        key = scored(r["method"])
+        if r["sparsity"] == 0.5:
+            ratios = r["of_bare_uniform" if key == "uniform" else "ratio"]
+            score = statistics.geometric_mean(ratios)
+            found[key] = min(score, found.get(key, score))
+    return found
+
+
+def scoreboard_refitted():
+    """The same where all are refitted alike, but SparseGPT, which does so itself."""
+    found = {model: refitted_scores(read()) for model, read in REFITTED_ON.items()}
+    lines = [
+        [name, *(f"{of[key]:.2f}" if key in of else "-" for of in found.values())]
+        for key, name in REFITTED_AS.items()
+        if any(key in of for of in found.values())
+    ]
+    return markdown(["KL over refitted uniform's at 0.5", *found], lines)
 
 
 def compare_tiny():
@@ -1075,17 +1090,14 @@ BLOCKS = {
         scoreboard,
         refitted_tiny,
         refitted_smollm2,
-        refitted_searched,
         refitted_tiny_says,
         rivals_tiny_says,
-        refitted_opponents,
-        refitted_beside,
-        refitted_strong,
-        refitted_any_two,
+        refitted_rivals,
+        refitted_rivals_says,
         refitted_qwen05,
-        refitted_qwen05_present,
+        refitted_qwen15,
+        scoreboard_refitted,
         qwen05_evopress_says,
-        refitted_dynamic,
         smollm2_budgets,
         smollm2_budgets_says,
         compare_present,
@@ -1093,7 +1105,6 @@ BLOCKS = {
         compare_present_at,
         compare_matrices,
         compare_matrices_says,
-        refitted_matrices,
         compare_large,
         compare_large_says,
         coverage,

@@ -174,7 +174,8 @@ def test_every_matrix_loses_what_its_strategy_says_most_where_outputs_matter_lea
         name: int(c.sum()) for name, c in alike.items()
     }
     for name, W in zip(sum(pruner.names, []), sum(pruner.dense, [])):
-        score = W.abs() * torch.outer(g_norms[name], ranks.activation_norms(model, windows)[name])
+        weights = g_norms[name] ** refit.TEMPER
+        score = W.abs() * torch.outer(weights, ranks.activation_norms(model, windows)[name])
         kept = score > score.flatten().sort().values[int(alike[name].sum()) - 1]
         assert torch.equal(counts[name], (~kept).sum(1))
         least = g_norms[name] < g_norms[name].median()
