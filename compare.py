@@ -554,8 +554,8 @@ def refitted_all(run, answers, texts, owned):
     for a in tqdm(asked, desc=f"seed {run.args.seed}, refitted", disable=None):
         a = softer(run, a)
         # of earlier journals: every row of a matrix loses as many, or another TEMPER
-        key = f"{name_of(a)}, refitted, rows by {TEMPER:g}: {run.args.test_tokens} tokens of each text"
-        found = run.journal(key, partial(refitted, run, a, readers, owned))
+        how = f"refitted, rows by {TEMPER:g}: {run.args.test_tokens} tokens of each text"
+        found = run.journal(f"{name_of(a)}, {how}", partial(refitted, run, a, readers, owned))
         rows += [row("refitted", a, text, more) for text, more in found.items()]
     run.pruner.restore()
     return rows
