@@ -326,10 +326,6 @@ def qwen15():
     return markdown(["text, sparsity, method", "KL", "KL over uniform's", "perplexity"], lines)
 
 
-def refitted_qwen15():
-    return refitted_block(comparison("qwen15-refit")[1])
-
-
 SIZED = (0.3, 0.5, 0.6)  # sparsities at which models of several sizes were measured
 
 
@@ -381,7 +377,6 @@ REFITTED = {
     "tiny": lambda: read_rows(results("refit-tiny.json")),
     "smollm2": lambda: as_refit_rows(delivered()),
     "qwen05": lambda: as_refit_rows(as_delivered(comparison("qwen05-refit")[1])),
-    "qwen15": lambda: as_refit_rows(as_delivered(comparison("qwen15-refit")[1])),
 }
 
 
@@ -844,7 +839,6 @@ REFITTED_ON = {
     "embedded, 5.5M": lambda: comparison("tiny-rivals")[1],
     "SmolLM2-135M": lambda: comparison("smollm2-rivals")[1],
     "Qwen2.5-Coder-0.5B": qwen05_refitted,
-    "Qwen2.5-Coder-1.5B": lambda: comparison("qwen15-refit")[1],
 }
 REFITTED_AS = {
     "uniform": "uniform, over its KL as pruned",
@@ -1095,7 +1089,6 @@ BLOCKS = {
         refitted_rivals,
         refitted_rivals_says,
         refitted_qwen05,
-        refitted_qwen15,
         scoreboard_refitted,
         qwen05_evopress_says,
         smollm2_budgets,

@@ -464,3 +464,18 @@ def test_on_unseen_text_a_refit_halves_the_kl_of_uniform_pruning_on_tiny():
     before = divergence()
     refit.follow(pruner, pruner.masks([0.6] * 12), calibration)
     assert divergence() < 0.55 * before
+
+
+@pytest.mark.slow
+def test_rows_weighed_by_their_gradients_have_less_kl_on_unseen_text_than_rows_alike():
+    model, tokenizer = load_llama(ROOT / "tiny")
+    windows, held_out = load_texts(tokenizer, None, None, 512)
+    (calibration,) = draw(windows, [16], 0)
+    divergence = Divergence(model, next(iter(held_out.values()))[:8])
+    pruner, strategy = Pruner(model, calibration), [0.6] * 12
+    g_norms = curvature.gradient_norms(model, calibration)
+    found = []
+    for counts in (pruner.masks(strategy).counts(), refit.row_counts(pruner, strategy, g_norms)):
+        refit.follow(pruner, counts, calibration)
+        found.append(divergence())
+    assert found[1] < 0.85 * found[0]
