@@ -1,5 +1,6 @@
 """
-What pruning will cost, read from the dense model alone: one curve of damage for every matrix.
+What pruning will cost, read from the dense model alone: one curve of damage for every matrix; and
+what an error of each of its outputs costs, by which a refit spares rows.
 
 Source    the Fisher information as the curvature of KL (Martens, arXiv 1412.1193); summing it row
           by row, and tabulating it in the order in which weights fall, is this project's own.
@@ -18,6 +19,9 @@ From KL to the table; delta = -W where a weight goes, 0 elsewhere:
 (1) KL and its gradient vanish at delta = 0. (2) m counts matrices, i their rows. (3) The cross
 terms drown in the noise of drawing y. (4) One backward pass a window. (5) Least squares, inner
 levels.
+
+What a matrix puts out errs by e = delta x, and sum_ij G_ij delta_ij = sum_t g_t e_t over its tokens:
+so by (1) an error of output i costs about 1/2 E (g_i e_i)^2, which `gradient_norms` adds up.
 """
 
 import torch
@@ -134,8 +138,7 @@ def gradient_norms(model, windows, seed=0):
     """||g_i||_2 of every output i of every Linear of a dense model, over the passes of
     `damage_table`, {parameter name: (d_out,) float32}; g is the gradient of log p(y).
 
-    An error e_i of an output costs KL about 1/2 sum_i E (g_i e_i)^2: (1) where e stands for what
-    delta does. Refused where gradients overflow, as float16's may.
+    Refused where gradients overflow, as float16's may.
     """
     generator, squares = torch.Generator().manual_seed(seed), {}
     chosen = pieces_of(windows, generator).to(model.embed.weight.device)

@@ -176,7 +176,7 @@ COLOURS = {
     METHODS["evopress"]: BLUE,
     METHODS["matrices"]: "#56B4E9",
 }
-MARKERS = dict(zip(["uniform", *METHODS.values()], "sD^vPoX<>ph"))
+MARKERS = dict(zip(["uniform", *METHODS.values()], "sD^vPoX<>phd", strict=True))
 
 
 def evaluations(figure, made):
