@@ -20,8 +20,8 @@ From KL to the table; delta = -W where a weight goes, 0 elsewhere:
 terms drown in the noise of drawing y. (4) One backward pass a window. (5) Least squares, inner
 levels.
 
-What a matrix puts out errs by e = delta x, and sum_ij G_ij delta_ij = sum_t g_t e_t over its tokens:
-so by (1) an error of output i costs about 1/2 E (g_i e_i)^2, which `gradient_norms` adds up.
+An error e = delta x of what a matrix puts out has <G, delta> = sum_t g_t e_t over its tokens: by
+(1) that of output i costs about 1/2 E (g_i e_i)^2. `gradient_norms` adds up g_i^2.
 """
 
 import torch
