@@ -123,15 +123,13 @@ class GlobalThreshold:
     """
 
     def __init__(self, pruner, windows, seed=0):
-        pruner.restore()
         self.pruner, self.model = pruner, pruner.model
-        self.x_norms = activation_norms(self.model, windows)
-        self.g_norms = gradient_norms(self.model, windows, seed)
+        self.g_norms = gradient_norms(pruner, windows, seed)
         self.dense = dict(zip(sum(pruner.names, []), sum(pruner.dense, [])))
 
     def score(self, name):
         """(d_out, d_in) float32 of one matrix."""
-        return wanda(self.dense[name], self.x_norms[name]) * self.g_norms[name][:, None]
+        return wanda(self.dense[name], self.pruner.x_norms[name]) * self.g_norms[name][:, None]
 
     def masks(self, strategy):
         """{parameter name: bool, True = kept}, as many False as the strategy drops; equal scores

@@ -153,8 +153,7 @@ class Run:
     @cached_property
     def g_norms(self):
         """Of the gradients at the dense model's outputs: which rows a refit spares."""
-        self.pruner.restore()
-        return gradient_norms(self.setting.model, self.setting.calibration, self.args.seed)
+        return gradient_norms(self.pruner, self.setting.calibration, self.args.seed)
 
     def evaluations(self):
         """Of f2 so far, in units of all search tokens."""

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from gp import SHIFT
 from model import LINEARS
-from ranks import parameter_name
 from script import Refused
 
 LEVELS = 16
@@ -134,18 +133,19 @@ def add_pass(pruner, window, generator, table):
         table[i] += torch.stack(damage).cpu()
 
 
-def gradient_norms(model, windows, seed=0):
-    """||g_i||_2 of every output i of every Linear of a dense model, over the passes of
+def gradient_norms(pruner, windows, seed=0):
+    """||g_i||_2 of every output i of every Linear of the dense model, over the passes of
     `damage_table`, {parameter name: (d_out,) float32}; g is the gradient of log p(y).
 
     Refused where gradients overflow, as float16's may.
     """
-    generator, squares = torch.Generator().manual_seed(seed), {}
+    pruner.restore()
+    model, squares = pruner.model, {}
+    generator = torch.Generator().manual_seed(seed)
     chosen = pieces_of(windows, generator).to(model.embed.weight.device)
     for window in tqdm(chosen, desc="curvature", disable=None, leave=False):
         for i, gradients in from_the_last(model, window, generator, output_gradients):
-            for linear, g in zip(LINEARS, gradients):
-                name = parameter_name(i, linear)
+            for name, g in zip(pruner.names[i], gradients):
                 squares[name] = squares.get(name, 0) + (g.float() ** 2).sum((0, 1))
     check_finite(torch.cat([*squares.values()]), model)
     return {name: square.sqrt() for name, square in squares.items()}

@@ -283,8 +283,7 @@ class Service:
     @cached_property
     def g_norms(self):
         """Of the gradients at the outputs of the dense model: which rows a refit spares."""
-        self.pruner.restore()
-        return gradient_norms(self.model, self.calibration, self.args.seed)
+        return gradient_norms(self.pruner, self.calibration, self.args.seed)
 
     def prune(self, strategy):
         """Make the model that of the strategy, by ranks or in a pattern, survivors refitted or not.

@@ -249,7 +249,7 @@ def test_a_global_threshold_drops_the_lowest_scores_of_the_whole_model_as_many_a
     pruner = Pruner(model, windows)
     x_norms = ranks.activation_norms(model, windows)
     made = baselines.GlobalThreshold(pruner, windows)
-    g_norms = curvature.gradient_norms(model, windows)
+    g_norms = curvature.gradient_norms(pruner, windows)
     masks = made.masks([0.6] * 3)
     kept, gone = [], []
     for names, dense in zip(pruner.names, pruner.dense):

@@ -166,7 +166,7 @@ def test_every_matrix_loses_what_its_strategy_says_most_where_outputs_matter_lea
     model, _ = load_llama(small)
     windows = torch.randint(3, 4096, (8, 64), generator=torch.Generator().manual_seed(1))
     pruner = Pruner(model, windows)
-    g_norms = curvature.gradient_norms(model, windows)
+    g_norms = curvature.gradient_norms(pruner, windows)
     strategy = torch.linspace(0.2, 0.8, 3 * 7)
     counts = refit.row_counts(pruner, strategy, g_norms)
     alike = pruner.masks(strategy).counts()
@@ -473,7 +473,7 @@ def test_rows_weighed_by_their_gradients_have_less_kl_on_unseen_text_than_rows_a
     (calibration,) = draw(windows, [16], 0)
     divergence = Divergence(model, next(iter(held_out.values()))[:8])
     pruner, strategy = Pruner(model, calibration), [0.6] * 12
-    g_norms = curvature.gradient_norms(model, calibration)
+    g_norms = curvature.gradient_norms(pruner, calibration)
     found = []
     for counts in (pruner.masks(strategy).counts(), refit.row_counts(pruner, strategy, g_norms)):
         refit.follow(pruner, counts, calibration)

@@ -44,7 +44,7 @@ class Tabulated:
         windows = next(iter(self.setting.held_out.values()))[:WINDOWS]
         self.pruner = Pruner(self.setting.model, self.setting.calibration)
         self.pruner.restore()
-        self.g_norms = gradient_norms(self.setting.model, self.setting.calibration)
+        self.g_norms = gradient_norms(self.pruner, self.setting.calibration)
         self.divergence = Divergence(self.setting.model, windows)
         trained = find_stratnet(None, TINY, len(self.setting.model.blocks))
         sparsities = [k * STEP for k in range(1, round(MAX / STEP) + 1)]

@@ -79,7 +79,7 @@ def measured(rows, files, calibration, seed, dtype):
         text: Divergence(setting.model, first_tokens(setting.held_out, tokens)[text])
         for text, tokens in longest.items()
     }
-    g_norms = cache(partial(dense_norms, pruner, setting.calibration, seed))
+    g_norms = cache(partial(gradient_norms, pruner, setting.calibration, seed))
     known, now = {}, []
     for row in rows:
         refit = is_refitted(row)
@@ -98,11 +98,6 @@ def measured(rows, files, calibration, seed, dtype):
 
 def is_refitted(row):
     return bool(row.get("refit")) or row.get("table") == "refitted"
-
-
-def dense_norms(pruner, calibration, seed):
-    pruner.restore()
-    return gradient_norms(pruner.model, calibration, seed)
 
 
 def gigabytes(name, stage):

@@ -78,12 +78,12 @@ def main():
     device, dtype, _ = choose(args)
     setting = prepare(args, device, dtype, args.tokens)
     model = setting.model
-    g_norms = gradient_norms(model, setting.calibration, args.seed)
+    pruner = Pruner(model, setting.calibration)
+    g_norms = gradient_norms(pruner, setting.calibration, args.seed)
+    strategy = [args.sparsity] * len(model.blocks)
     model.model.layers = model.model.layers[: args.blocks]
     texts = {text: beginnings(w, args.count) for text, w in setting.held_out.items()}
     dense = {text: sizes(model, windows) for text, windows in texts.items()}
-    pruner = Pruner(model, setting.calibration)
-    strategy = [args.sparsity] * len(model.blocks)
     pruner.apply(strategy)
     rows = rows_of(model, texts, dense, "as pruned")
     follow(pruner, row_counts(pruner, strategy, g_norms), setting.calibration)
